@@ -1,0 +1,72 @@
+"""A worker for distributed DataFusion: executes physical plans that come in Arrow Flight tickets.
+
+Layers, each importing only from those before it: errors; headers, ticket, config; plan_proto, session, plan, encode;
+tasks; service; server, client, testing; the command lines.
+"""
+
+from worker.config import Settings
+from worker.errors import (
+    EnginePanicked,
+    ExecutionFailed,
+    FailedPrecondition,
+    InvalidHeader,
+    InvalidPlan,
+    InvalidRequest,
+    InvalidTicket,
+    NotFound,
+    PartitionOutOfRange,
+    PermissionDenied,
+    QuotaExceeded,
+    ResourcesExhausted,
+    ResponseTooLarge,
+    SessionBuilderFailed,
+    StageKeyConflict,
+    Unauthenticated,
+    Unavailable,
+    WorkerError,
+)
+from worker.headers import Headers
+from worker.service import Statistics, Worker, add_FlightServiceServicer_to_server, server_options
+from worker.session import (
+    DefaultSessionBuilder,
+    SessionBuilder,
+    SessionStateBuilder,
+    WorkerQueryContext,
+    WorkerSessionBuilder,
+)
+from worker.ticket import PlanTicket, StageKey, plan_ticket
+
+__all__ = [
+    "DefaultSessionBuilder",
+    "EnginePanicked",
+    "ExecutionFailed",
+    "FailedPrecondition",
+    "Headers",
+    "InvalidHeader",
+    "InvalidPlan",
+    "InvalidRequest",
+    "InvalidTicket",
+    "NotFound",
+    "PartitionOutOfRange",
+    "PermissionDenied",
+    "PlanTicket",
+    "QuotaExceeded",
+    "ResourcesExhausted",
+    "ResponseTooLarge",
+    "SessionBuilder",
+    "SessionBuilderFailed",
+    "SessionStateBuilder",
+    "Settings",
+    "StageKey",
+    "StageKeyConflict",
+    "Statistics",
+    "Unauthenticated",
+    "Unavailable",
+    "Worker",
+    "WorkerError",
+    "WorkerQueryContext",
+    "WorkerSessionBuilder",
+    "add_FlightServiceServicer_to_server",
+    "plan_ticket",
+    "server_options",
+]

@@ -1,0 +1,109 @@
+"""``python -m worker``: settings from the command line, a server, and an orderly end."""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import NoReturn
+
+from pydantic import ByteSize, ValidationError
+
+from worker.config import Settings
+from worker.importer import ImportFailed, load_session_builder
+from worker.server import Server
+from worker.service import Worker
+from worker.session import SessionBuilder
+
+PROGRAM = "python -m worker"
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs a worker until it is told to stop, and ends the process."""
+    try:
+        settings = Settings(**vars(_parser().parse_args(arguments)))
+        logging.basicConfig(
+            level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+        )
+        builder = load_session_builder(settings.session_builder) if settings.session_builder else None
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(_serve(settings, builder))
+    except ValidationError as error:
+        fail("; ".join(f"{_names(problem['loc'])}: {problem['msg']}" for problem in error.errors()))
+    except (ImportFailed, OSError) as error:
+        logging.getLogger("worker").debug("cannot start", exc_info=error)
+        fail(str(error))
+    end(0)
+
+
+def fail(reason: str) -> NoReturn:
+    """Ends the process because it could not do what it was asked to."""
+    print(f"{PROGRAM}: {reason}", file=sys.stderr)
+    end(2)
+
+
+def end(code: int) -> NoReturn:
+    """Ends the process without finalizing the interpreter, in which threads of DataFusion's runtime may crash it."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+async def _serve(settings: Settings, session_builder: SessionBuilder | None) -> None:
+    stopped = asyncio.Event()
+
+    def on_signal(number: int) -> None:
+        if stopped.is_set():
+            end(128 + number)
+        stopped.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+    async with Worker(session_builder, settings=settings) as worker, Server(worker, settings) as server:
+        print(f"listening on grpc://{server.address}", flush=True)
+        await stopped.wait()
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Every setting as an option, its value left as text: the model knows what it may be."""
+    parser = argparse.ArgumentParser(
+        PROGRAM,
+        description="Executes DataFusion plans that come in Arrow Flight tickets, and streams record batches back.",
+        epilog="Every option may be given as an environment variable too: WORKER_PORT for --port, and so on.",
+        allow_abbrev=False,
+    )
+    for name, field in Settings.model_fields.items():
+        default = field.default.human_readable() if isinstance(field.default, ByteSize) else field.default
+        shown = "" if field.default_factory or default is None else f" (default: {default})"
+        parser.add_argument(
+            _option(name),
+            metavar=name.rpartition("_")[2].upper(),
+            default=argparse.SUPPRESS,
+            help=f"{field.description}{shown}".replace("%", "%%"),
+        )
+    parser.add_argument("--version", action="version", version=version("datafusion-flight-worker"))
+    return parser
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _names(location: tuple[int | str, ...]) -> str:
+    name = str(location[0])
+    return f"{_option(name)} (WORKER_{name.upper()})"

@@ -1,0 +1,83 @@
+"""All settings of a worker, in one model: defaults here, then ``WORKER_…`` variables, then the command line."""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ByteSize, Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MEBIBYTE = 1 << 20
+
+
+def usable_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or the control group's limit where that is less."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return machine
+    return machine if limit == "max" else min(machine, int(limit))
+
+
+class Settings(BaseSettings):
+    """Every setting by its one name: ``Settings(idle_time=5)``, ``WORKER_IDLE_TIME=5``, ``--idle-time 5``.
+
+    Raises:
+        pydantic.ValidationError: a value, also one from the environment, does not fit; the error names it.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="WORKER_", frozen=True, extra="forbid")
+
+    host: str = Field(default="127.0.0.1", description="the address to listen on; 0.0.0.0 for every IPv4 network")
+    port: int = Field(default=8000, ge=0, le=65535, description="the port to listen on; 0 picks a free one")
+    session_builder: str | None = Field(
+        default=None,
+        description="module:attr of the session builder; without it, every request has DataFusion's defaults",
+    )
+    location: str | None = Field(
+        default=None,
+        pattern=r"^grpc(\+tcp|\+tls)?://.+",
+        description="this worker's own URI for the endpoints of GetFlightInfo, such as grpc://worker-3:8000; "
+        "without it, clients come back on the connection they have",
+    )
+    memory_limit: ByteSize = Field(
+        default_factory=lambda: ByteSize(usable_memory() // 2),
+        gt=0,
+        description="DataFusion's memory pool for one task, beyond which it spills or fails, such as 4GiB; "
+        "half of the machine's or container's memory unless set",
+    )
+    spill_folder: Path | None = Field(
+        default=None, description="where DataFusion spills to; the system's temporary folder unless set"
+    )
+    max_ticket_size: ByteSize = Field(
+        default=ByteSize(64 * MEBIBYTE),
+        gt=0,
+        description="the largest request that is read, tickets with their plans above all",
+    )
+    max_flight_info_size: ByteSize = Field(
+        default=ByteSize(16 * MEBIBYTE),
+        gt=0,
+        description="the largest answer of GetFlightInfo, which holds the plan once for every partition",
+    )
+    idle_time: float = Field(
+        default=60,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds after which a task that has no open stream is forgotten",
+    )
+    grace: float = Field(
+        default=30,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds that running streams have to finish in after SIGTERM",
+    )
+    shutdown_delay: float = Field(
+        default=0,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds between health NOT_SERVING and the refusal of new requests, for load balancers to notice",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="the least that is logged"
+    )

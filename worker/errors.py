@@ -1,0 +1,121 @@
+"""What can go wrong, one class a cause, and the gRPC status that tells the client.
+
+    WorkerError                  INTERNAL
+    ├── InvalidRequest           INVALID_ARGUMENT     the base of what the client got wrong
+    │   ├── InvalidTicket        INVALID_ARGUMENT     a ticket or descriptor that cannot be read
+    │   ├── InvalidHeader        INVALID_ARGUMENT     a header that is missing, or there twice
+    │   ├── InvalidPlan          INVALID_ARGUMENT     a plan that does not decode in this session
+    │   └── PartitionOutOfRange  INVALID_ARGUMENT     a partition that the plan does not have
+    ├── StageKeyConflict         FAILED_PRECONDITION  a stage key that stands for another plan
+    ├── ResponseTooLarge         RESOURCE_EXHAUSTED   an answer beyond a limit of this worker
+    ├── ResourcesExhausted       RESOURCE_EXHAUSTED   DataFusion ran out of its memory pool or disk
+    ├── ExecutionFailed          INTERNAL             DataFusion failed while it ran the plan
+    ├── EnginePanicked           INTERNAL             DataFusion panicked; the worker goes on
+    ├── SessionBuilderFailed     INTERNAL             the session builder raised what is not below
+    ├── Unauthenticated          UNAUTHENTICATED      for session builders: nobody said who asks
+    ├── PermissionDenied         PERMISSION_DENIED    for session builders: who asks may not
+    ├── NotFound                 NOT_FOUND            for session builders
+    ├── FailedPrecondition       FAILED_PRECONDITION  for session builders
+    ├── QuotaExceeded            RESOURCE_EXHAUSTED   for session builders
+    └── Unavailable              UNAVAILABLE          for session builders: try again later
+
+The text of a ``WorkerError`` goes to the client as it is, so it never holds a secret.
+"""
+
+from typing import ClassVar
+
+import grpc
+
+
+class WorkerError(Exception):
+    """The root of all errors that the worker answers with a status and their own text."""
+
+    status: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+
+
+class InvalidRequest(WorkerError):
+    """The client sent something that no session and no retry would make right."""
+
+    status = grpc.StatusCode.INVALID_ARGUMENT
+
+
+class InvalidTicket(InvalidRequest):
+    """The ticket or descriptor is empty, is not a ``worker.plan.DoGet``, or lacks a field."""
+
+
+class InvalidHeader(InvalidRequest):
+    """A header is malformed, or was sent more than once where one value is meant."""
+
+
+class InvalidPlan(InvalidRequest):
+    """The plan does not decode: bad bytes, or a function or codec that the session lacks."""
+
+
+class PartitionOutOfRange(InvalidRequest):
+    """The ticket asks for a partition that the plan does not have."""
+
+
+class StageKeyConflict(WorkerError):
+    """The stage key already stands for a task with another plan."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class ResponseTooLarge(WorkerError):
+    """The answer would be larger than the worker's limit for it."""
+
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class ResourcesExhausted(WorkerError):
+    """DataFusion reached the limit of its memory pool or of its spill folder."""
+
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class ExecutionFailed(WorkerError):
+    """DataFusion returned an error while it ran the plan."""
+
+
+class EnginePanicked(WorkerError):
+    """DataFusion panicked, in decoding or in execution. Later requests are not affected."""
+
+
+class SessionBuilderFailed(WorkerError):
+    """The session builder raised, or returned no session. The cause is for the log alone."""
+
+
+class Unauthenticated(WorkerError):
+    """Raise it from a session builder when the request does not say who asks."""
+
+    status = grpc.StatusCode.UNAUTHENTICATED
+
+
+class PermissionDenied(WorkerError):
+    """Raise it from a session builder when who asks may not."""
+
+    status = grpc.StatusCode.PERMISSION_DENIED
+
+
+class NotFound(WorkerError):
+    """Raise it from a session builder when what the request names does not exist."""
+
+    status = grpc.StatusCode.NOT_FOUND
+
+
+class FailedPrecondition(WorkerError):
+    """Raise it from a session builder when the request cannot be served in the present state."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class QuotaExceeded(WorkerError):
+    """Raise it from a session builder when who asks has used up what they may use."""
+
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class Unavailable(WorkerError):
+    """Raise it from a session builder when something it needs is down; clients may retry."""
+
+    status = grpc.StatusCode.UNAVAILABLE

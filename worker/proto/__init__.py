@@ -1,0 +1,1 @@
+"""Messages and stubs generated from ``proto/`` by ``codegen.sh``, and DataFusion 55's own descriptors."""

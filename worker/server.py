@@ -1,0 +1,104 @@
+"""A ``grpc.aio`` server for one worker: its listener, health, reflection, and the stages of its end."""
+
+import asyncio
+import logging
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from worker.config import Settings
+from worker.proto import Flight_pb2
+from worker.service import Context, Worker, add_FlightServiceServicer_to_server, server_options
+
+logger = logging.getLogger("worker")
+
+FLIGHT_SERVICE: str = Flight_pb2.DESCRIPTOR.services_by_name["FlightService"].full_name
+
+
+class Server:
+    """Serves a worker. The worker is not closed with it."""
+
+    def __init__(self, worker: Worker, settings: Settings) -> None:
+        self._worker = worker
+        self._settings = settings
+        self._health = _Health()
+        self._server = grpc.aio.server(options=server_options(settings))
+        add_FlightServiceServicer_to_server(worker, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        services = (FLIGHT_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(services, self._server)
+        self.address = ""
+        """Where it listens, as ``host:port``; known once it has started."""
+
+    async def start(self) -> None:
+        """Opens the port.
+
+        Raises:
+            OSError: the address cannot be listened on, because another process does, for example.
+        """
+        host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
+        try:
+            port = self._server.add_insecure_port(f"{host}:{self._settings.port}")
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {host}:{self._settings.port}: is the port taken?") from error
+        await self._server.start()
+        await self._health.set(FLIGHT_SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        self.address = f"{host}:{port}"
+
+    async def stop(self) -> None:
+        """Ends in stages, so that no client loses a stream that could have been finished.
+
+        Health says NOT_SERVING, for ``shutdown_delay`` seconds; then new requests are refused and health watches end;
+        streams have ``grace`` seconds to finish in; what is left then is cancelled.
+        """
+        await self._health.enter_graceful_shutdown()
+        if self._settings.shutdown_delay:
+            await asyncio.sleep(self._settings.shutdown_delay)
+        requests = self._worker.statistics().requests
+        logger.info("shutting down: %d requests have %g s to finish", requests, self._settings.grace)
+        stopping = asyncio.ensure_future(self._server.stop(self._settings.grace))
+        # An open watch never ends on its own, and would use up the whole grace.
+        self._health.end_watches()
+        try:
+            async with asyncio.timeout(self._settings.grace):
+                await asyncio.shield(stopping)
+        except TimeoutError:
+            logger.warning("shutting down: %d requests cancelled", self._worker.statistics().requests)
+            await stopping
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+
+class _Health(health.aio.HealthServicer):  # type: ignore[misc]
+    """The health service, whose watches can be ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watches: set[asyncio.Task[None]] = set()
+
+    async def Watch(self, request: Any, context: Context) -> None:
+        watch = asyncio.ensure_future(super().Watch(request, context))
+        self._watches.add(watch)
+        try:
+            await watch
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if current is not None and current.cancelling():
+                raise
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the worker is shutting down")
+        finally:
+            self._watches.discard(watch)
+
+    def end_watches(self) -> None:
+        for watch in self._watches:
+            watch.cancel()

@@ -1,0 +1,304 @@
+"""The Arrow Flight servicer: one handler an RPC, and the one place where errors become statuses."""
+
+import asyncio
+import hashlib
+import logging
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, NoReturn, Self, TypeAlias
+
+import grpc
+import pyarrow as pa
+
+from worker import flight_data
+from worker.config import Settings
+from worker.encode import Encoder, Message
+from worker.errors import InvalidTicket, ResponseTooLarge, WorkerError
+from worker.headers import Headers
+from worker.proto import Flight_pb2, Flight_pb2_grpc
+from worker.session import (
+    DefaultSessionBuilder,
+    SessionBuilder,
+    SessionBuilderLike,
+    SessionStateBuilder,
+    WorkerQueryContext,
+)
+from worker.tasks import Tasks
+from worker.ticket import PlanTicket, StageKey
+
+logger = logging.getLogger("worker")
+
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+
+# What a request or an answer has beside its ticket: descriptors, field tags. gRPC counts it in its limit.
+MESSAGE_OVERHEAD = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What a worker holds now, and what it has done since it started."""
+
+    requests: int
+    """Requests under way."""
+    streams: int
+    """Partitions being streamed."""
+    tasks: int
+    """Plans held, for streams under way and for partitions yet to be asked for."""
+    plans_decoded: int
+    partitions_executed: int
+    rows_sent: int
+    bytes_sent: int
+    """Bytes of IPC messages, metadata and bodies."""
+
+
+class Worker(Flight_pb2_grpc.FlightServiceServicer):
+    """Executes DataFusion plans that come in Flight tickets, a partition a request.
+
+    An asyncio servicer, to be added to a ``grpc.aio`` server with ``add_FlightServiceServicer_to_server``, and closed
+    with ``close`` (or ``async with``) after the server has stopped.
+    """
+
+    def __init__(self, session_builder: SessionBuilderLike | None = None, *, settings: Settings | None = None) -> None:
+        """
+        Args:
+            session_builder: makes the session of every request; ``DefaultSessionBuilder`` where there is none.
+            settings: of which ``host``, ``port`` and what else is about a server have no meaning here.
+        """
+        self._settings = settings if settings is not None else Settings()
+        self._session_builder = SessionBuilder(session_builder or DefaultSessionBuilder())
+        self._tasks = Tasks(self._settings.idle_time)
+        self._principal_key = secrets.token_bytes(32)
+        self._requests = 0
+        self._rows_sent = 0
+        self._bytes_sent = 0
+
+    @classmethod
+    def from_session_builder(cls, session_builder: SessionBuilderLike, *, settings: Settings | None = None) -> Self:
+        """A worker whose sessions are made by a function of a ``WorkerQueryContext``, or an object with such a method.
+
+        The method's name is ``build_session_state``, as ``WorkerSessionBuilder`` says.
+        """
+        return cls(session_builder, settings=settings)
+
+    def statistics(self) -> Statistics:
+        """What is held now and was done so far."""
+        tasks = self._tasks.statistics()
+        return Statistics(
+            requests=self._requests,
+            streams=tasks.streams,
+            tasks=tasks.tasks,
+            plans_decoded=tasks.plans_decoded,
+            partitions_executed=tasks.partitions_executed,
+            rows_sent=self._rows_sent,
+            bytes_sent=self._bytes_sent,
+        )
+
+    async def close(self) -> None:
+        """Drops all tasks. Stop the server first."""
+        await self._tasks.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def DoGet(self, request: Flight_pb2.Ticket, context: Context) -> AsyncIterator[Flight_pb2.FlightData]:
+        """The record batches of one partition of the ticket's plan, its schema first."""
+        async with aclosing(self._stream(request, context)) as messages:
+            async for header, body in messages:
+                yield Flight_pb2.FlightData(data_header=header, data_body=b"".join(body))
+
+    async def _do_get_bytes(self, request: Flight_pb2.Ticket, context: Context) -> None:
+        """``DoGet`` for a handler without serializer: writes ``FlightData`` messages that are serialized already."""
+        async with aclosing(self._stream(request, context)) as messages:
+            async for message in messages:
+                await context.write(flight_data.serialize(message))
+
+    async def _stream(self, request: Flight_pb2.Ticket, context: Context) -> AsyncGenerator[Message, None]:
+        """A request's life."""
+        async with self._answering(context):
+            ticket = PlanTicket.from_bytes(request.ticket)
+            query = self._query_context(ticket, context)
+            session = await self._session_builder.build_session_state(query)
+            inlining = query.builder.python_udf_inlining
+            async with self._tasks.partition(ticket, query.principal, session, python_udf_inlining=inlining) as (
+                task,
+                batches,
+            ):
+                batch = await batches.read()
+                encoder = Encoder(batch.schema if batch is not None else await task.schema())
+                yield self._count(encoder.schema())
+                while batch is not None:
+                    for message in encoder.encode(batch):
+                        yield self._count(message)
+                    self._rows_sent += batch.num_rows
+                    batch = await batches.read()
+
+    async def GetFlightInfo(self, request: Flight_pb2.FlightDescriptor, context: Context) -> Flight_pb2.FlightInfo:
+        """The schema of the plan in the descriptor's ``cmd``, and an endpoint with a ticket for every partition."""
+        async with self._answering(context):
+            ticket = _ticket_of(request)
+            if ticket.stage_key is None:
+                ticket = replace(ticket, stage_key=StageKey.unique())
+            partitions, schema = await self._describe(ticket, context)
+            size = partitions * len(ticket.to_bytes())
+            if size > self._settings.max_flight_info_size:
+                raise ResponseTooLarge(
+                    f"the tickets of {partitions} partitions would take {size} bytes, of which max_flight_info_size "
+                    f"allows {int(self._settings.max_flight_info_size)}: make the tickets yourself"
+                )
+            locations = [Flight_pb2.Location(uri=self._settings.location)] if self._settings.location else []
+            return Flight_pb2.FlightInfo(
+                schema=schema.serialize().to_pybytes(),
+                flight_descriptor=request,
+                endpoint=[
+                    Flight_pb2.FlightEndpoint(
+                        ticket=Flight_pb2.Ticket(ticket=replace(ticket, partition=partition).to_bytes()),
+                        location=locations,
+                    )
+                    for partition in range(partitions)
+                ],
+                total_records=-1,
+                total_bytes=-1,
+            )
+
+    async def GetSchema(self, request: Flight_pb2.FlightDescriptor, context: Context) -> Flight_pb2.SchemaResult:
+        """The schema of the plan in the descriptor's ``cmd``."""
+        async with self._answering(context):
+            _, schema = await self._describe(_ticket_of(request), context)
+            return Flight_pb2.SchemaResult(schema=schema.serialize().to_pybytes())
+
+    async def Handshake(self, request_iterator: Any, context: Context) -> AsyncIterator[Flight_pb2.HandshakeResponse]:
+        """Not offered."""
+        await _unimplemented(context, "there is no Handshake: send an authorization header with every request")
+        yield Flight_pb2.HandshakeResponse()
+
+    async def ListFlights(self, request: Any, context: Context) -> AsyncIterator[Flight_pb2.FlightInfo]:
+        """Not offered."""
+        await _unimplemented(context, "a worker keeps no flights to list: send a plan to GetFlightInfo or DoGet")
+        yield Flight_pb2.FlightInfo()
+
+    async def PollFlightInfo(self, request: Any, context: Context) -> Flight_pb2.PollInfo:
+        """Not offered."""
+        await _unimplemented(context, "plans are described at once: use GetFlightInfo")
+
+    async def DoPut(self, request_iterator: Any, context: Context) -> AsyncIterator[Flight_pb2.PutResult]:
+        """Not offered."""
+        await _unimplemented(context, "a worker stores nothing: put data where a plan can scan it, and use DoGet")
+        yield Flight_pb2.PutResult()
+
+    async def DoExchange(self, request_iterator: Any, context: Context) -> AsyncIterator[Flight_pb2.FlightData]:
+        """Not offered."""
+        await _unimplemented(context, "a worker takes plans, not data: use DoGet with the plan in the ticket")
+        yield Flight_pb2.FlightData()
+
+    async def DoAction(self, request: Any, context: Context) -> AsyncIterator[Flight_pb2.Result]:
+        """Not offered."""
+        await _unimplemented(context, "a worker has no actions: use DoGet with the plan in the ticket")
+        yield Flight_pb2.Result()
+
+    async def ListActions(self, request: Any, context: Context) -> AsyncIterator[Flight_pb2.ActionType]:
+        """Not offered."""
+        await _unimplemented(context, "a worker has no actions: use DoGet with the plan in the ticket")
+        yield Flight_pb2.ActionType()
+
+    @asynccontextmanager
+    async def _answering(self, context: Context) -> AsyncIterator[None]:
+        """Counts a request, and turns whatever it raises into its status.
+
+        Also what is no ``Exception``: a Rust panic that left a handler would leave the client without an answer.
+        """
+        self._requests += 1
+        try:
+            yield
+        except WorkerError as error:
+            if error.status is grpc.StatusCode.INTERNAL:
+                logger.error("request failed: %s", error, exc_info=error)
+            await context.abort(error.status, str(error))
+        except (grpc.aio.AbortError, GeneratorExit, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            current = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and current is not None and current.cancelling():
+                raise
+            logger.exception("request failed")
+            await context.abort(grpc.StatusCode.INTERNAL, "internal error: the worker's log says why")
+        finally:
+            self._requests -= 1
+
+    async def _describe(self, ticket: PlanTicket, context: Context) -> tuple[int, pa.Schema]:
+        query = self._query_context(ticket, context)
+        session = await self._session_builder.build_session_state(query)
+        inlining = query.builder.python_udf_inlining
+        async with self._tasks.task(ticket, query.principal, session, python_udf_inlining=inlining) as task:
+            return task.partition_count, await task.schema()
+
+    def _query_context(self, ticket: PlanTicket, context: Context) -> WorkerQueryContext:
+        headers = Headers(context.invocation_metadata() or ())
+        return WorkerQueryContext(
+            builder=SessionStateBuilder(self._settings.memory_limit, self._settings.spill_folder),
+            headers=headers,
+            task_index=ticket.task_index,
+            task_count=ticket.task_count,
+            stage_key=ticket.stage_key,
+            principal=self._principal(headers, context),
+        )
+
+    def _principal(self, headers: Headers, context: Context) -> str:
+        # Keyed, so that nobody who sees the digest can try tokens against it.
+        digest = hashlib.blake2b(key=self._principal_key, digest_size=16)
+        for value in (*headers.get_all("authorization"), *(context.peer_identities() or ())):
+            part = value if isinstance(value, bytes) else value.encode("utf-8", "surrogateescape")
+            digest.update(len(part).to_bytes(8, "little") + part)
+        return digest.hexdigest()
+
+    def _count(self, message: Message) -> Message:
+        self._bytes_sent += len(message.header) + sum(map(len, message.body))
+        return message
+
+
+def add_FlightServiceServicer_to_server(
+    servicer: Flight_pb2_grpc.FlightServiceServicer, server: grpc.aio.Server
+) -> None:
+    """Adds a servicer to a server, like the generated function of this name, but so that a ``Worker`` sends bytes.
+
+    Ready bytes are 1.3 to 1.5 times as fast as protobuf objects. A class that overrides ``DoGet`` is served as it is.
+    """
+    if isinstance(servicer, Worker) and type(servicer).DoGet is Worker.DoGet:
+        do_get: grpc.RpcMethodHandler[Flight_pb2.Ticket, bytes] = grpc.unary_stream_rpc_method_handler(
+            servicer._do_get_bytes, request_deserializer=Flight_pb2.Ticket.FromString, response_serializer=None
+        )
+        service = Flight_pb2.DESCRIPTOR.services_by_name["FlightService"].full_name
+        # Of several handlers for one method, the server takes the one that was added first.
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {"DoGet": do_get}),))
+    Flight_pb2_grpc.add_FlightServiceServicer_to_server(servicer, server)
+
+
+def server_options(settings: Settings | None = None) -> list[tuple[str, int]]:
+    """The options that a ``grpc.aio.server`` needs to serve a worker.
+
+    Tickets may be as large as ``max_ticket_size``, what is sent as large as it is, and a port belongs to one process.
+    """
+    settings = settings if settings is not None else Settings()
+    return [
+        ("grpc.max_receive_message_length", settings.max_ticket_size + MESSAGE_OVERHEAD),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+def _ticket_of(descriptor: Flight_pb2.FlightDescriptor) -> PlanTicket:
+    if descriptor.type != Flight_pb2.FlightDescriptor.CMD:
+        raise InvalidTicket("the descriptor is not a command: its cmd must be a worker.plan.DoGet message")
+    return PlanTicket.from_bytes(descriptor.cmd)
+
+
+async def _unimplemented(context: Context, instead: str) -> NoReturn:
+    await context.abort(grpc.StatusCode.UNIMPLEMENTED, instead)
+    raise AssertionError("abort returned")

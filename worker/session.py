@@ -1,0 +1,251 @@
+"""The session of a request: what the user's builder gets, what it may be, and what the worker needs of it."""
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, Self, TypeAlias
+from urllib.parse import urlsplit
+
+from datafusion import AggregateUDF, RuntimeEnvBuilder, ScalarUDF, SessionConfig, SessionContext, WindowUDF
+from datafusion.extensions import SessionComponentsExportable, SessionPlannerExportable
+from datafusion.user_defined import PhysicalExtensionCodecExportable
+
+from worker.errors import SessionBuilderFailed, WorkerError
+from worker.headers import Headers
+from worker.ticket import StageKey
+
+# Each with the wrong answer that DataFusion's default gives to somebody who executes one partition at a time.
+PARTITION_WISE_OPTIONS: Mapping[str, str] = {
+    # One queue of files for all partitions of a scan: whichever runs first returns the rows of the others too.
+    "datafusion.execution.enable_file_stream_work_stealing": "false",
+    # A CollectLeft join waits until every partition has reported its filter: reading only some of them hangs.
+    "datafusion.optimizer.enable_dynamic_filter_pushdown": "false",
+}
+
+
+class SessionStateBuilder:
+    """Builds the ``SessionContext`` of one request, fluently; the worker hands it out with its settings filled in.
+
+    Each ``with_…`` changes this builder and returns it. ``build`` makes a runtime environment of its own, so that
+    nothing (object stores, memory) is shared with the session of another request.
+    """
+
+    def __init__(self, memory_limit: int | None = None, spill_folder: str | Path | None = None) -> None:
+        """
+        Args:
+            memory_limit: bytes of the session's memory pool; without it, memory is not limited.
+            spill_folder: where DataFusion spills to; without it, the system's temporary folder.
+        """
+        self._options: dict[str, str] = dict(PARTITION_WISE_OPTIONS)
+        self._memory_limit = memory_limit
+        self._spill_folder = spill_folder
+        self._scalar_functions: list[ScalarUDF] = []
+        self._aggregate_functions: list[AggregateUDF] = []
+        self._window_functions: list[WindowUDF] = []
+        self._object_stores: list[tuple[str, str | None, Any]] = []
+        self._physical_codecs: list[tuple[PhysicalExtensionCodecExportable, str | None]] = []
+        self._extensions: list[SessionComponentsExportable | SessionPlannerExportable] = []
+        self._python_udf_inlining = False
+
+    @property
+    def python_udf_inlining(self) -> bool:
+        """Whether Python functions that come inside a plan are unpickled, that is, run."""
+        return self._python_udf_inlining
+
+    def with_config_option(self, name: str, value: str | int | float | bool) -> Self:
+        """Sets a DataFusion option, such as ``datafusion.execution.batch_size``; ``build`` refuses unknown ones."""
+        self._options[name] = str(value).lower() if isinstance(value, bool) else str(value)
+        return self
+
+    def with_config_options(self, options: Mapping[str, str | int | float | bool]) -> Self:
+        """Sets DataFusion options."""
+        for name, value in options.items():
+            self.with_config_option(name, value)
+        return self
+
+    def with_memory_limit(self, limit: int | None) -> Self:
+        """Sets the memory pool, in bytes, shared fairly between operators that can spill; None for no limit."""
+        self._memory_limit = limit
+        return self
+
+    def with_spill_folder(self, folder: str | Path | None) -> Self:
+        """Sets where operators that run out of memory write to; None for the system's temporary folder."""
+        self._spill_folder = folder
+        return self
+
+    def with_scalar_functions(self, functions: Iterable[ScalarUDF]) -> Self:
+        """Adds scalar functions, found by the names they have in plans."""
+        self._scalar_functions.extend(functions)
+        return self
+
+    def with_aggregate_functions(self, functions: Iterable[AggregateUDF]) -> Self:
+        """Adds aggregate functions, found by the names they have in plans."""
+        self._aggregate_functions.extend(functions)
+        return self
+
+    def with_window_functions(self, functions: Iterable[WindowUDF]) -> Self:
+        """Adds window functions, found by the names they have in plans."""
+        self._window_functions.extend(functions)
+        return self
+
+    def with_object_store(self, url: str, store: Any) -> Self:
+        """Adds an object store (of ``datafusion.object_store``) for URLs like ``s3://bucket``.
+
+        Raises:
+            ValueError: ``url`` has no scheme.
+        """
+        parts = urlsplit(url)
+        if not parts.scheme:
+            raise ValueError(f"object store URL {url!r} has no scheme: 's3://bucket' is right")
+        self._object_stores.append((f"{parts.scheme}://", parts.netloc or None, store))
+        return self
+
+    def with_physical_codec(self, codec: PhysicalExtensionCodecExportable, codec_id: str | None = None) -> Self:
+        """Adds a compiled codec, an object with ``__datafusion_physical_extension_codec__``, for nodes of your own."""
+        self._physical_codecs.append((codec, codec_id))
+        return self
+
+    def with_extension(self, extension: SessionComponentsExportable | SessionPlannerExportable) -> Self:
+        """Adds an extension bundle, as ``SessionContext.with_extensions`` takes it."""
+        self._extensions.append(extension)
+        return self
+
+    def with_python_udf_inlining(self, enabled: bool = True) -> Self:
+        """Lets Python functions that clients pickled into their plans run here.
+
+        That is code of the client, with all rights of this process. Off unless asked for: the pickles are dropped
+        unread, and functions are found by name among those that this builder was given.
+        """
+        self._python_udf_inlining = enabled
+        return self
+
+    def build(self) -> SessionContext:
+        """A new session with a runtime environment of its own.
+
+        Raises:
+            ValueError: DataFusion does not know an option, or refuses its value.
+        """
+        runtime = RuntimeEnvBuilder()
+        if self._memory_limit is not None:
+            runtime = runtime.with_fair_spill_pool(self._memory_limit)
+        if self._spill_folder is not None:
+            runtime = runtime.with_temp_file_path(self._spill_folder)
+        session = SessionContext(SessionConfig(self._options), runtime)
+        for scalar in self._scalar_functions:
+            session.register_udf(scalar)
+        for aggregate in self._aggregate_functions:
+            session.register_udaf(aggregate)
+        for window in self._window_functions:
+            session.register_udwf(window)
+        for scheme, host, store in self._object_stores:
+            session.register_object_store(scheme, store, host)
+        for codec, codec_id in self._physical_codecs:
+            session = session.with_physical_extension_codec(codec, codec_id)
+        if self._extensions:
+            session = session.with_extensions(*self._extensions)
+        return session.with_python_udf_inlining(enabled=self._python_udf_inlining)
+
+
+@dataclass
+class WorkerQueryContext:
+    """One request, as a session builder sees it."""
+
+    builder: SessionStateBuilder
+    """Pre-populated with the worker's settings; add to it and return ``ctx.builder.build()``."""
+    headers: Headers
+    task_index: int = 0
+    """Which task of the stage this request belongs to."""
+    task_count: int = 0
+    """How many tasks the stage has; 0 where the client does not say."""
+    stage_key: StageKey | None = None
+    principal: str = field(default="", repr=False)
+    """Who asks; tasks are shared between requests of one principal only. A digest of the ``authorization`` values and
+    of the TLS peer, unless the builder sets it: to a user's name, say, so that a renewed token changes nothing."""
+
+
+class WorkerSessionBuilder(Protocol):
+    """What makes the session of every request. Await what you like; raise ``worker.Unauthenticated`` and its like."""
+
+    async def build_session_state(self, ctx: WorkerQueryContext) -> SessionContext:
+        """The session that the request's plan is decoded and executed in."""
+        ...
+
+
+SessionBuilderFunction: TypeAlias = Callable[[WorkerQueryContext], SessionContext | Awaitable[SessionContext]]
+SessionBuilderLike: TypeAlias = WorkerSessionBuilder | SessionBuilderFunction
+
+
+class SessionBuilder:
+    """A session builder out of anything that may be one: an object with ``build_session_state``, or a function.
+
+    A synchronous function runs in a thread, so that it may block.
+    """
+
+    def __init__(self, builder: SessionBuilderLike) -> None:
+        """
+        Raises:
+            TypeError: ``builder`` is neither a function nor an object with ``build_session_state``.
+        """
+        build = getattr(builder, "build_session_state", builder)
+        if not callable(build) or isinstance(builder, type):
+            raise TypeError(
+                f"{builder!r} is no session builder: a function of a WorkerQueryContext, "
+                "or an object with build_session_state, is right"
+            )
+        self._build: SessionBuilderFunction = build
+
+    async def build_session_state(self, ctx: WorkerQueryContext) -> SessionContext:
+        """Awaits the builder.
+
+        Raises:
+            WorkerError: whatever the builder raised of these.
+            SessionBuilderFailed: it raised anything else, or did not return a session.
+        """
+        try:
+            session = await _call(self._build, ctx)
+        except WorkerError:
+            raise
+        except Exception as error:
+            raise SessionBuilderFailed("the session builder failed: the worker's log says why") from error
+        if not isinstance(session, SessionContext):
+            raise SessionBuilderFailed("the session builder failed: the worker's log says why") from TypeError(
+                f"the session builder returned {type(session).__name__}, a datafusion.SessionContext is right: "
+                "does it end in 'return ctx.builder.build()'?"
+            )
+        return session
+
+    def map(self, change: Callable[[SessionContext], SessionContext | Awaitable[SessionContext]]) -> "SessionBuilder":
+        """A builder that hands the session of this one to ``change`` and answers with what comes back."""
+
+        async def build_and_change(ctx: WorkerQueryContext) -> SessionContext:
+            changed: SessionContext = await _call(change, await self.build_session_state(ctx))
+            return changed
+
+        return SessionBuilder(build_and_change)
+
+
+class DefaultSessionBuilder(SessionBuilder):
+    """Builds what the context's builder holds, with nothing added."""
+
+    def __init__(self) -> None:
+        super().__init__(_build_default)
+
+
+async def _build_default(ctx: WorkerQueryContext) -> SessionContext:
+    return ctx.builder.build()
+
+
+async def _call(function: Callable[[Any], Any], argument: Any) -> Any:
+    """The result of a function that may be asynchronous; a synchronous one runs in a thread."""
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+        return await function(argument)
+    result = await asyncio.to_thread(function, argument)
+    return await result if inspect.isawaitable(result) else result
+
+
+def apply_partition_wise_options(session: SessionContext) -> None:
+    """Sets what partition-wise execution needs, on a session that anybody made. Blocks for about 0.1 ms."""
+    for name, value in PARTITION_WISE_OPTIONS.items():
+        session.sql(f"SET {name} = {value}")

@@ -1,0 +1,343 @@
+"""Tasks: one instance of a plan each, found by who asks and by stage key, and the streams of their partitions."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pyarrow as pa
+from datafusion import ExecutionPlan, RecordBatchStream, SessionContext
+
+from worker import plan
+from worker.errors import PartitionOutOfRange, StageKeyConflict
+from worker.session import apply_partition_wise_options
+from worker.ticket import PlanTicket
+
+T = TypeVar("T")
+
+# Decoding holds the GIL, so that more threads make nothing faster; but ``execute`` waits for a free thread of
+# DataFusion's runtime, for as long as other plans keep them all busy, and must not keep other requests from decoding.
+THREADS = 32
+
+# A partition that nobody will read is polled before it is dropped: only then does a RepartitionExec know that nobody
+# reads it, and stops to buffer for it. The poll happens in DataFusion's runtime, at once unless that is busy.
+ABANDON_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class TaskStatistics:
+    """What the tasks hold now, and what they have done since the start."""
+
+    tasks: int
+    streams: int
+    plans_decoded: int
+    partitions_executed: int
+
+
+class PartitionStream:
+    """The batches of one executed partition, one of them read ahead while the one before is on its way."""
+
+    def __init__(self, stream: RecordBatchStream) -> None:
+        # The inner stream: its ``__anext__`` is a future that runs already, the outer one's a coroutine to be awaited.
+        self._stream = stream.rbs
+        self._next: asyncio.Future[Any] = self._stream.__anext__()
+
+    async def read(self) -> pa.RecordBatch | None:
+        """The next batch, None after the last.
+
+        Raises:
+            ExecutionFailed, ResourcesExhausted, EnginePanicked: DataFusion failed.
+        """
+        try:
+            with plan.execution_errors():
+                batch = await self._next
+                self._next = self._stream.__anext__()
+        except StopAsyncIteration:
+            return None
+        return batch.to_pyarrow()
+
+    def close(self) -> None:
+        """Stops DataFusion's work on this partition, unless it has ended."""
+        _let_go(self._next)
+        del self._stream, self._next
+
+
+class Task:
+    """One instance of a plan, in the session that decoded it."""
+
+    def __init__(self, tasks: "Tasks", session: SessionContext, plan_bytes: bytes, instance: ExecutionPlan) -> None:
+        self._tasks = tasks
+        self._session = session
+        self._plan = plan_bytes
+        self._instance = instance
+        self._unasked = set(range(instance.partition_count))
+        self._executed: set[int] = set()
+        self._schema: asyncio.Task[pa.Schema] | None = None
+        self._buffers_for_all = _buffers_for_all(instance)
+        self.partition_count: int = instance.partition_count
+
+    @property
+    def ended(self) -> bool:
+        """Whether every partition was asked for, to be read or in vain."""
+        return not self._unasked
+
+    async def schema(self) -> pa.Schema:
+        """The exact schema of the plan's batches, also when there are none; found out once.
+
+        Raises:
+            InvalidPlan, ExecutionFailed, EnginePanicked: as ``plan.schema_of``.
+        """
+        if self._schema is None:
+            finding_out = self._tasks.in_thread(plan.schema_of, self._session, self._plan)
+            self._schema = self._tasks.in_background(finding_out)
+        return await asyncio.shield(self._schema)
+
+    async def execute(self, partition: int, *, alone: bool) -> PartitionStream:
+        """Executes one partition: of the task's instance the first time, of a fresh one when it is asked for again.
+
+        Args:
+            partition: which one.
+            alone: nobody will ask this task for another.
+
+        Raises:
+            PartitionOutOfRange: the plan has no such partition.
+            ExecutionFailed, EnginePanicked: DataFusion failed.
+        """
+        if partition >= self.partition_count:
+            raise PartitionOutOfRange(f"partition {partition} not available: the plan has {self.partition_count}")
+        instance = self._instance
+        if partition in self._executed:
+            instance, alone = await self._tasks.decode(self._session, self._plan), True
+        self._unasked.discard(partition)
+        self._executed.add(partition)
+        if alone:
+            self._abandon(instance, set(range(self.partition_count)) - {partition})
+        execution = asyncio.ensure_future(self._tasks.in_thread(self._session.execute, instance, partition))
+        try:
+            with plan.execution_errors():
+                return PartitionStream(await asyncio.shield(execution))
+        except asyncio.CancelledError:
+            self._tasks.in_background(_drop_unread([execution]))
+            raise
+
+    def give_up(self, partition: int) -> None:
+        """Says that who asked for this partition went away before it was executed."""
+        if partition in self._unasked:
+            self._unasked.discard(partition)
+            if self._buffers_for_all:
+                self._executed.add(partition)
+                self._abandon(self._instance, {partition})
+
+    def _abandon(self, instance: ExecutionPlan, partitions: set[int]) -> None:
+        if self._buffers_for_all:
+            executions = [
+                asyncio.ensure_future(self._tasks.in_thread(self._session.execute, instance, partition))
+                for partition in partitions
+            ]
+            self._tasks.in_background(_drop_unread(executions))
+
+
+class Tasks:
+    """The tasks of a worker. Each ends when all its partitions were asked for, or when it has been idle for a while."""
+
+    def __init__(self, idle_time: float) -> None:
+        """
+        Args:
+            idle_time: seconds after which a task that nobody uses is forgotten.
+        """
+        self._idle_time = idle_time
+        self._entries: dict[Hashable, _Entry] = {}
+        self._background: set[asyncio.Task[Any]] = set()
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="worker-plan")
+        self._streams = 0
+        self._plans_decoded = 0
+        self._partitions_executed = 0
+
+    def statistics(self) -> TaskStatistics:
+        """What is held now and was done so far."""
+        return TaskStatistics(len(self._entries), self._streams, self._plans_decoded, self._partitions_executed)
+
+    @asynccontextmanager
+    async def task(
+        self, ticket: PlanTicket, principal: str, session: SessionContext, *, python_udf_inlining: bool
+    ) -> AsyncIterator[Task]:
+        """The task of a ticket, found or made, for as long as the block lasts.
+
+        It is made once, however many ask at the same time, in the session of the one who came first; the sessions of
+        the others are not used. A ticket without a stage key has a task of its own.
+
+        Raises:
+            StageKeyConflict: the stage key stands for another plan.
+            InvalidPlan, EnginePanicked: the plan does not decode; nothing is kept, the next to ask tries anew.
+        """
+        entry = self._enter(ticket, principal, session, python_udf_inlining)
+        try:
+            yield await asyncio.shield(entry.making)
+        finally:
+            self._leave(entry)
+
+    @asynccontextmanager
+    async def partition(
+        self, ticket: PlanTicket, principal: str, session: SessionContext, *, python_udf_inlining: bool
+    ) -> AsyncIterator[tuple[Task, PartitionStream]]:
+        """The task of a ticket and the stream of its partition, which is closed when the block ends.
+
+        Raises:
+            PartitionOutOfRange: the plan has no such partition.
+            ExecutionFailed, EnginePanicked: DataFusion failed.
+            StageKeyConflict, InvalidPlan: as ``task``.
+        """
+        entry = self._enter(ticket, principal, session, python_udf_inlining)
+        try:
+            try:
+                task = await asyncio.shield(entry.making)
+            except asyncio.CancelledError:
+                self.in_background(self._give_up(entry, ticket.partition))
+                raise
+            stream = await task.execute(ticket.partition, alone=ticket.stage_key is None)
+            self._streams += 1
+            self._partitions_executed += 1
+            try:
+                yield task, stream
+            finally:
+                self._streams -= 1
+                stream.close()
+        finally:
+            self._leave(entry)
+
+    async def decode(self, session: SessionContext, plan_bytes: bytes) -> ExecutionPlan:
+        """A fresh instance of a plan, decoded in a thread."""
+        self._plans_decoded += 1
+        return await self.in_thread(plan.decode, session, plan_bytes)
+
+    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """What a blocking function returns."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    def in_background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Runs what may outlive the request that caused it; ``close`` ends it."""
+        running = asyncio.ensure_future(work)
+        self._background.add(running)
+        running.add_done_callback(self._background.discard)
+        return running
+
+    async def close(self) -> None:
+        """Ends everything. Streams that are still open end with an error."""
+        for entry in list(self._entries.values()):
+            self._forget(entry)
+        while self._background:
+            for running in self._background:
+                running.cancel()
+            await asyncio.gather(*self._background, return_exceptions=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _enter(
+        self, ticket: PlanTicket, principal: str, session: SessionContext, python_udf_inlining: bool
+    ) -> "_Entry":
+        key: Hashable = object() if ticket.stage_key is None else (principal, ticket.stage_key)
+        entry = self._entries.get(key)
+        if entry is None:
+            making = self.in_background(self._make(session, ticket.plan, python_udf_inlining))
+            entry = self._entries[key] = _Entry(key, ticket, making)
+            making.add_done_callback(lambda _: self._forget_if_failed(entry))
+        elif entry.ticket.plan != ticket.plan:
+            raise StageKeyConflict(f"stage key {ticket.stage_key} already stands for another plan: make a new key")
+        entry.enter()
+        return entry
+
+    def _leave(self, entry: "_Entry") -> None:
+        entry.users -= 1
+        if entry.users:
+            return
+        if entry.ended:
+            self._forget(entry)
+        elif self._entries.get(entry.key) is entry:
+            entry.idling = asyncio.get_running_loop().call_later(self._idle_time, self._forget, entry)
+
+    async def _give_up(self, entry: "_Entry", partition: int) -> None:
+        entry.enter()
+        await asyncio.wait([entry.making])
+        if task := entry.task:
+            task.give_up(partition)
+        self._leave(entry)
+
+    async def _make(self, session: SessionContext, plan_bytes: bytes, python_udf_inlining: bool) -> Task:
+        session, plan_bytes = await self.in_thread(_prepare, session, plan_bytes, python_udf_inlining)
+        return Task(self, session, plan_bytes, await self.decode(session, plan_bytes))
+
+    def _forget(self, entry: "_Entry") -> None:
+        if self._entries.get(entry.key) is entry:
+            del self._entries[entry.key]
+        entry.stop_idling()
+
+    def _forget_if_failed(self, entry: "_Entry") -> None:
+        if entry.task is None:
+            self._forget(entry)
+
+
+@dataclass(eq=False)
+class _Entry:
+    """What a key stands for: a task, or one in the making, and how many use it."""
+
+    key: Hashable
+    ticket: PlanTicket
+    making: asyncio.Task[Task]
+    users: int = 0
+    idling: asyncio.TimerHandle | None = None
+
+    @property
+    def task(self) -> Task | None:
+        """The task, None while it is in the making and when that failed."""
+        if not self.making.done() or self.making.cancelled() or self.making.exception() is not None:
+            return None
+        return self.making.result()
+
+    @property
+    def ended(self) -> bool:
+        return self.ticket.stage_key is None or (self.task is not None and self.task.ended)
+
+    def enter(self) -> None:
+        self.users += 1
+        self.stop_idling()
+
+    def stop_idling(self) -> None:
+        if self.idling is not None:
+            self.idling.cancel()
+            self.idling = None
+
+
+def _prepare(session: SessionContext, plan_bytes: bytes, python_udf_inlining: bool) -> tuple[SessionContext, bytes]:
+    apply_partition_wise_options(session)
+    # Dropping the pickles makes the names be looked up; the strict session makes sure that none is unpickled.
+    if not python_udf_inlining:
+        plan_bytes = plan.without_python_udfs(plan_bytes)
+    return session.with_python_udf_inlining(enabled=python_udf_inlining), plan_bytes
+
+
+def _buffers_for_all(instance: ExecutionPlan) -> bool:
+    """Whether partitions that are not read are buffered for: a RepartitionExec sends to all of them, come what may."""
+    return instance.partition_count > 1 and "RepartitionExec" in instance.display_indent()
+
+
+def _let_go(read: "asyncio.Future[Any]") -> None:
+    """Stops a read of a stream, or takes note of how it ended."""
+    if not read.cancel() and not read.cancelled():
+        read.exception()
+
+
+async def _drop_unread(executions: "Sequence[asyncio.Future[RecordBatchStream]]") -> None:
+    """Drops streams that nobody will read, so that nothing is kept for them."""
+    if not executions:
+        return
+    await asyncio.wait(executions)
+    reads: list[asyncio.Future[Any]] = [
+        execution.result().rbs.__anext__()
+        for execution in executions
+        if not execution.cancelled() and execution.exception() is None
+    ]
+    if reads:
+        await asyncio.wait(reads, timeout=ABANDON_SECONDS)
+    for read in reads:
+        _let_go(read)
