@@ -1,36 +1,11 @@
 """Record batches into Arrow IPC messages, with no copy of their data. Pure: no gRPC, no event loop."""
 
 from collections.abc import Iterator
-from struct import Struct
-from typing import NamedTuple, TypeAlias
 
 import pyarrow as pa
 
 from worker.errors import ExecutionFailed
-
-Bytes: TypeAlias = bytes | pa.Buffer
-
-# Encapsulated messages (Arrow's "IPC Streaming Format"): a continuation marker and the metadata's length, four bytes
-# each, the metadata, which is a flatbuffer ``Message``, and the body.
-_PREFIX_BYTES = 8
-_LENGTH = Struct("<I")
-# Flatbuffers: the root's offset; from the root back to its vtable; in that, two sizes, then a slot for every field.
-_OFFSET = Struct("<I")
-_BACK_OFFSET = Struct("<i")
-_SLOT = Struct("<H")
-_HEADER_TYPE_SLOT = 6
-_BODY_LENGTH_SLOT = 10
-_BODY_LENGTH = Struct("<q")
-_SCHEMA_HEADER = 1
-
-
-class Message(NamedTuple):
-    """An IPC message: ``FlightData.data_header``, and the parts that make up ``FlightData.data_body``."""
-
-    header: bytes
-    """The flatbuffer ``Message``, without continuation marker and length."""
-    body: list[Bytes]
-    """Buffers of the batch itself, and padding; to be joined before the batch is let go."""
+from worker.message import LENGTH, PREFIX_BYTES, Bytes, HeaderType, Message, body_length, header_type
 
 
 class Encoder:
@@ -50,7 +25,7 @@ class Encoder:
 
     def schema(self) -> Message:
         """The schema message, which goes before all others."""
-        return Message(self._schema.serialize().to_pybytes()[_PREFIX_BYTES:], [])
+        return Message(self._schema.serialize().to_pybytes()[PREFIX_BYTES:], [])
 
     def encode(self, batch: pa.RecordBatch) -> list[Message]:
         """The messages of one batch: the dictionaries that it needs, if any, and the batch, last.
@@ -62,7 +37,7 @@ class Encoder:
             batch = self._conform(batch)
         self._writer.write_batch(batch)
         # The writer starts with the schema when the first batch comes; ``schema`` has said it already.
-        return [message for message in _messages(self._sink.take()) if _header_type(message.header) != _SCHEMA_HEADER]
+        return [message for message in _messages(self._sink.take()) if header_type(message.header) != HeaderType.SCHEMA]
 
     def _conform(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         # Some operators pass on batches that differ from the plan's schema in what their fields say of nulls.
@@ -98,9 +73,9 @@ class _Sink:
 def _messages(written: list[Bytes]) -> Iterator[Message]:
     parts = iter(written)
     for _continuation in parts:
-        (length,) = _LENGTH.unpack(next(parts))
+        (length,) = LENGTH.unpack(next(parts))
         header = b"".join(_take(parts, length))
-        yield Message(header, _take(parts, _body_length(header)))
+        yield Message(header, _take(parts, body_length(header)))
 
 
 def _take(parts: Iterator[Bytes], size: int) -> list[Bytes]:
@@ -110,27 +85,3 @@ def _take(parts: Iterator[Bytes], size: int) -> list[Bytes]:
         taken.append(part)
         size -= len(part)
     return taken
-
-
-def _slot(header: bytes, slot: int) -> int:
-    """Where a field of the root table is, 0 when it is not there."""
-    (table,) = _OFFSET.unpack_from(header)
-    (back,) = _BACK_OFFSET.unpack_from(header, table)
-    vtable = table - back
-    (vtable_size,) = _SLOT.unpack_from(header, vtable)
-    if slot >= vtable_size:
-        return 0
-    (offset,) = _SLOT.unpack_from(header, vtable + slot)
-    return table + offset if offset else 0
-
-
-def _header_type(header: bytes) -> int:
-    return header[_slot(header, _HEADER_TYPE_SLOT)]
-
-
-def _body_length(header: bytes) -> int:
-    place = _slot(header, _BODY_LENGTH_SLOT)
-    if not place:
-        return 0
-    length: int = _BODY_LENGTH.unpack_from(header, place)[0]
-    return length

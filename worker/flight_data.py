@@ -1,6 +1,6 @@
 """``FlightData`` messages as bytes, without protobuf objects: the hot path of everything that is sent."""
 
-from worker.encode import Message
+from worker.message import Message
 
 # Tags of ``FlightData.data_header`` (2) and ``FlightData.data_body`` (1000): number and wire type 2, as varints.
 _HEADER_TAG = b"\x12"

@@ -92,7 +92,10 @@ def schema_of(session: SessionContext, plan: bytes) -> pa.Schema:
     none.fetch = 0
     nullable = _schema_of_partition(session, joined, 0)
 
-    strict = pa.schema([field.with_nullable(False) for field in nullable], nullable.metadata)
+    # A table's names must differ, a plan's need not; a union takes those of its first input.
+    strict = pa.schema(
+        [field.with_nullable(False).with_name(str(index)) for index, field in enumerate(nullable)], nullable.metadata
+    )
     empty = pa.RecordBatch.from_arrays([pa.nulls(0, field.type) for field in strict], schema=strict)
     union = plan_proto.PhysicalPlanNode()
     union.union.inputs.add().CopyFrom(message)

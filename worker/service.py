@@ -15,9 +15,10 @@ import pyarrow as pa
 
 from worker import flight_data
 from worker.config import Settings
-from worker.encode import Encoder, Message
+from worker.encode import Encoder
 from worker.errors import InvalidTicket, ResponseTooLarge, WorkerError
 from worker.headers import Headers
+from worker.message import Message
 from worker.proto import Flight_pb2, Flight_pb2_grpc
 from worker.session import (
     DefaultSessionBuilder,

@@ -1,0 +1,163 @@
+"""``python -m worker.client``: SQL planned here, executed on a worker, its rows printed or written to a file."""
+
+import argparse
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+from datafusion import ExecutionPlan, SessionConfig, SessionContext
+
+from worker.client import WorkerClient
+
+PROGRAM = "python -m worker.client"
+
+_READERS: Mapping[str, Callable[[SessionContext], Callable[..., None]]] = {
+    ".parquet": lambda session: session.register_parquet,
+    ".csv": lambda session: session.register_csv,
+    ".json": lambda session: session.register_json,
+    ".arrow": lambda session: session.register_arrow,
+}
+_WRITERS: Mapping[str, Callable[[Path, pa.Schema], Any]] = {
+    ".parquet": pa.parquet.ParquetWriter,
+    ".csv": pa.csv.CSVWriter,
+    ".arrow": pa.ipc.new_file,
+}
+# The CSV writer knows no views.
+_PLAIN_TYPES = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
+
+
+def main() -> None:
+    """Runs one query, and exits with 1 when it fails."""
+    options = _parser().parse_args()
+    try:
+        asyncio.run(_run(options))
+    except grpc.aio.AioRpcError as error:
+        sys.exit(f"{PROGRAM}: {error.code().name}: {error.details()}")
+    except (ValueError, OSError, pa.ArrowException) as error:
+        sys.exit(f"{PROGRAM}: {error}")
+
+
+async def _run(options: argparse.Namespace) -> None:
+    plan = _plan(options.table, options.sql, options.target_partitions)
+    async with WorkerClient(options.url, headers=options.header) as client:
+        schema = await client.schema(plan, timeout=options.timeout)
+        async with aclosing(client.execute(plan, timeout=options.timeout)) as batches:
+            if options.output is None:
+                table = pa.Table.from_batches([batch async for batch in batches], schema)
+                print("\n".join(_lines(table)))
+                return
+            await _write(options.output, schema, batches)
+
+
+async def _write(path: Path, schema: pa.Schema, batches: AsyncIterator[pa.RecordBatch]) -> None:
+    """Writes a file, which is there only when all rows are in it."""
+    if path.suffix == ".csv":
+        schema = pa.schema([field.with_type(_PLAIN_TYPES.get(field.type, field.type)) for field in schema])
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        with _WRITERS[path.suffix](unfinished, schema) as writer:
+            async for batch in batches:
+                writer.write_batch(batch.cast(schema))
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _plan(tables: list[tuple[str, str]], sql: str, target_partitions: int | None) -> ExecutionPlan:
+    """The physical plan of a query.
+
+    Raises:
+        ValueError: DataFusion cannot plan it; the text says why.
+    """
+    config = SessionConfig()
+    session = SessionContext(config.with_target_partitions(target_partitions) if target_partitions else config)
+    try:
+        for name, path in tables:
+            _READERS[Path(path).suffix](session)(name, path)
+        return session.sql(sql).execution_plan()
+    except Exception as error:
+        raise ValueError(str(error)) from error
+
+
+def _lines(table: pa.Table) -> Iterator[str]:
+    """The rows as text, in columns as wide as their widest value, numbers to the right."""
+    right = [
+        pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+        for kind in table.schema.types
+    ]
+    columns = [
+        [name, *("" if value is None else str(value) for value in column.to_pylist())]
+        for name, column in zip(table.schema.names, table.columns, strict=True)
+    ]
+    widths = [max(map(len, column)) for column in columns]
+    rule = "+".join(["", *("-" * (width + 2) for width in widths), ""])
+    yield rule
+    for number, row in enumerate(zip(*columns, strict=True)):
+        cells = (
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(row, widths, right, strict=True)
+        )
+        yield f"| {' | '.join(cells)} |"
+        if number == 0:
+            yield rule
+    yield rule
+    yield f"{table.num_rows} row{'s' if table.num_rows != 1 else ''}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(PROGRAM, description=__doc__.partition(": ")[2], allow_abbrev=False)
+    parser.add_argument("--url", default="grpc://127.0.0.1:8000", help="the worker (default: %(default)s)")
+    parser.add_argument(
+        "--table",
+        action="append",
+        default=[],
+        type=_table,
+        metavar="NAME=PATH",
+        help=f"a table and its file, which the worker must find under the same path: {', '.join(_READERS)}; repeatable",
+    )
+    parser.add_argument(
+        "--header", action="append", default=[], type=_header, metavar="NAME=VALUE", help="sent along; repeatable"
+    )
+    parser.add_argument(
+        "--output", type=_output, metavar="FILE", help=f"where the rows go instead of the screen: {', '.join(_WRITERS)}"
+    )
+    parser.add_argument("--target-partitions", type=int, metavar="N", help="partitions to plan for (default: cores)")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="for every request")
+    parser.add_argument("sql", help="the query")
+    return parser
+
+
+def _pair(text: str, what: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form {what}")
+    return name, value
+
+
+def _header(text: str) -> tuple[str, str]:
+    return _pair(text, "name=value")
+
+
+def _table(text: str) -> tuple[str, str]:
+    name, path = _pair(text, "name=path")
+    if Path(path).suffix not in _READERS:
+        raise argparse.ArgumentTypeError(f"{path!r} does not end in one of {', '.join(_READERS)}")
+    return name, path if "://" in path else str(Path(path).resolve())
+
+
+def _output(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in _WRITERS:
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in one of {', '.join(_WRITERS)}")
+    return path
+
+
+if __name__ == "__main__":
+    main()
