@@ -1,6 +1,7 @@
 """A ``grpc.aio`` server for one worker: its listener, health, reflection, and the stages of its end."""
 
 import asyncio
+import contextlib
 import logging
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +17,9 @@ from worker.service import Context, Worker, add_FlightServiceServicer_to_server,
 logger = logging.getLogger("worker")
 
 FLIGHT_SERVICE: str = Flight_pb2.DESCRIPTOR.services_by_name["FlightService"].full_name
+
+# A client that watches health and does not read must not hold up the end.
+WATCH_SECONDS = 1.0
 
 
 class Server:
@@ -54,9 +58,9 @@ class Server:
         Health says NOT_SERVING, for ``shutdown_delay`` seconds; then new requests are refused and health watches end;
         streams have ``grace`` seconds to finish in; what is left then is cancelled.
         """
-        await self._health.enter_graceful_shutdown()
-        if self._settings.shutdown_delay:
-            await asyncio.sleep(self._settings.shutdown_delay)
+        await self._say_not_serving()
+        await asyncio.sleep(self._settings.shutdown_delay)
+        await self._say_not_serving()
         requests = self._worker.statistics().requests
         logger.info("shutting down: %d requests have %g s to finish", requests, self._settings.grace)
         stopping = asyncio.ensure_future(self._server.stop(self._settings.grace))
@@ -66,8 +70,16 @@ class Server:
             async with asyncio.timeout(self._settings.grace):
                 await asyncio.shield(stopping)
         except TimeoutError:
-            logger.warning("shutting down: %d requests cancelled", self._worker.statistics().requests)
+            if requests := self._worker.statistics().requests:
+                logger.warning("shutting down: %d requests cancelled", requests)
             await stopping
+
+    async def _say_not_serving(self) -> None:
+        # A service's watches take turns with ``set``: the second time, they all have written what they heard the first.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(WATCH_SECONDS):
+                for service in ("", FLIGHT_SERVICE):
+                    await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def __aenter__(self) -> Self:
         await self.start()

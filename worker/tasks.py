@@ -17,9 +17,9 @@ from worker.ticket import PlanTicket
 
 T = TypeVar("T")
 
-# Decoding holds the GIL, so that more threads make nothing faster; but ``execute`` waits for a free thread of
-# DataFusion's runtime, for as long as other plans keep them all busy, and must not keep other requests from decoding.
-THREADS = 32
+# Decoding holds the GIL, so that more threads make nothing faster. ``execute`` waits for a free thread of DataFusion's
+# runtime; while other plans keep those busy for long, nothing that is decoded behind it could run either.
+THREADS = 8
 
 # A partition that nobody will read is polled before it is dropped: only then does a RepartitionExec know that nobody
 # reads it, and stops to buffer for it. The poll happens in DataFusion's runtime, at once unless that is busy.

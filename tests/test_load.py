@@ -1,0 +1,142 @@
+"""Many requests at once, requests that are cancelled, readers that stop reading."""
+
+import asyncio
+import gc
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+from datafusion import SessionConfig, SessionContext, col
+
+from worker import Settings, StageKey, Statistics, plan_ticket
+from worker.client import WorkerClient
+from worker.proto.Flight_pb2 import Ticket
+from worker.proto.Flight_pb2_grpc import FlightServiceStub
+from worker.testing import RunningWorker, running_worker
+
+MEGABYTE = 1_000_000
+
+
+def rows_plan(rows: int, partitions: int, where: str = "true") -> bytes:
+    """A plan of `rows` rows of 8 columns of 8 bytes in `partitions` partitions, out of a RepartitionExec."""
+    session = SessionContext(SessionConfig().with_target_partitions(partitions))
+    columns = ", ".join(f"value * {factor}.5 as c{factor}" for factor in range(1, 8))
+    frame = session.sql(f"select value, {columns} from range(0, {rows}) where {where}")
+    return frame.repartition_by_hash(col("value"), num=partitions).execution_plan().to_bytes()
+
+
+async def until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        await asyncio.sleep(0.001)
+
+
+def held(statistics: Statistics) -> tuple[int, int, int]:
+    return statistics.requests, statistics.streams, statistics.tasks
+
+
+@pytest.mark.parametrize("first_cancels", [False, True])
+async def test_a_plan_whose_partitions_are_asked_for_all_at_once_is_decoded_once(first_cancels: bool) -> None:
+    """
+    1. The first caller asks, for a plan that takes its time to decode.
+    2. While it is decoded, the other 199 ask too, and the first caller cancels, or does not.
+    3. All but who cancelled have an answer, the plan was decoded once, and the task is gone.
+    """
+    slow_to_decode = f"value not in ({', '.join(str(number) for number in range(1_000_000, 1_020_000))})"
+    plan, key, partitions = rows_plan(100_000, 200, slow_to_decode), StageKey.unique(), 200
+
+    async with running_worker() as running, grpc.aio.insecure_channel(running.address) as channel:
+        stub = FlightServiceStub(channel)
+        calls = [stub.DoGet(Ticket(ticket=plan_ticket(plan, 0, key)))]
+        await until(lambda: running.worker.statistics().plans_decoded > 0, 5)
+        calls += [stub.DoGet(Ticket(ticket=plan_ticket(plan, number, key))) for number in range(1, partitions)]
+        if first_cancels:
+            calls[0].cancel()
+
+        answers = await asyncio.gather(*map(_drain, calls), return_exceptions=True)
+
+        assert isinstance(answers[0], asyncio.CancelledError) == first_cancels
+        assert answers[1:] == [None] * (partitions - 1)
+        assert running.worker.statistics().plans_decoded == 1
+        await until(lambda: held(running.worker.statistics()) == (0, 0, 0), 5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_nothing_is_left_of_a_thousand_requests_cancelled_at_random_moments(tmp_path: Path) -> None:
+    chance = random.Random(20)
+    plans = [rows_plan(3_000_000, 4), rows_plan(1_000, 8)]
+    process = psutil.Process()
+
+    async def cancel_some(running: RunningWorker, count: int) -> None:
+        gate = asyncio.Semaphore(16)
+        keys = [StageKey.unique() for _ in range(count // 10)]
+
+        async def one(channel: grpc.aio.Channel) -> None:
+            async with gate:
+                ticket = plan_ticket(chance.choice(plans), chance.randrange(4), chance.choice([None, *keys[:4]]))
+                call = FlightServiceStub(channel).DoGet(Ticket(ticket=ticket))
+                reading = asyncio.ensure_future(_drain(call))
+                await asyncio.sleep(chance.choice([0, 0.001, 0.003, 0.01, 0.03, 0.1]) * chance.random())
+                call.cancel()
+                await asyncio.gather(reading, return_exceptions=True)
+
+        async with grpc.aio.insecure_channel(running.address) as channel:
+            await asyncio.gather(*(one(channel) for _ in range(count)))
+
+    async with running_worker(settings=Settings(idle_time=1, spill_folder=tmp_path)) as running:
+        descriptors = process.num_fds()
+        await cancel_some(running, 200)
+        await until(lambda: held(running.worker.statistics()) == (0, 0, 0), 5)
+        gc.collect()
+        memory, threads = process.memory_info().rss, process.num_threads()
+        await until(lambda: process.num_fds() <= descriptors, 5)
+
+        await cancel_some(running, 1000)
+
+        await until(lambda: held(running.worker.statistics()) == (0, 0, 0), 5)
+        await until(lambda: process.num_fds() <= descriptors, 5)
+        # DataFusion's runtime has a thread for every batch that waits for the GIL, and lets it go after 10 s.
+        await until(lambda: process.num_threads() <= threads, 15)
+        gc.collect()
+        assert process.memory_info().rss < memory + 50 * MEGABYTE
+    assert not [name for _, _, files in os.walk(tmp_path) for name in files]
+
+
+async def _drain(call: grpc.aio.UnaryStreamCall[Any, Any]) -> None:
+    async for _ in call:
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_a_reader_that_stops_reading_stops_the_plan_and_loses_nothing() -> None:
+    """5 GB, of which the reader takes a twentieth, and the rest after 10 s without a read."""
+    rows = 5_000_000_000 // 64
+    plan = rows_plan(rows, 1)
+    process = psutil.Process()
+
+    async with running_worker() as running, WorkerClient(running.url) as client:
+        seen, highest, batches = 0, 0, client.execute(plan, 0)
+        async for batch in batches:
+            seen += batch.num_rows
+            if seen > rows // 20:
+                break
+        before = process.memory_info().rss
+        for _ in range(100):
+            await asyncio.sleep(0.1)
+            highest = max(highest, process.memory_info().rss - before)
+        sent = running.worker.statistics().rows_sent
+        async for batch in batches:
+            seen += batch.num_rows
+
+        assert highest < 100 * MEGABYTE
+        assert sent < rows // 10
+        assert seen == rows
