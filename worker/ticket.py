@@ -72,10 +72,11 @@ class PlanTicket:
             message = plan_pb2.DoGet.FromString(data)
         except DecodeError as error:
             raise InvalidTicket(f"the ticket of {len(data)} bytes is not a worker.plan.DoGet message") from error
-        if not message.plan_proto:
+        plan = message.plan_proto  # each access copies it
+        if not plan:
             raise InvalidTicket("the ticket has no plan: DoGet.plan_proto must be a datafusion.PhysicalPlanNode")
         return cls(
-            plan=message.plan_proto,
+            plan=plan,
             partition=message.target_partition,
             task_index=message.target_task_index,
             task_count=message.target_task_count,
