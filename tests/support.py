@@ -1,0 +1,89 @@
+"""What many tests need of a client: tickets made by hand, partitions fetched by pyarrow, the status of an error."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import grpc
+import pyarrow as pa
+from pyarrow import flight
+
+from worker.proto import Flight_pb2, Flight_pb2_grpc, plan_pb2
+from worker.testing import RunningWorker
+
+T = TypeVar("T")
+
+Header = tuple[bytes, bytes]
+
+
+def stage_key() -> plan_pb2.StageKey:
+    """A key that no other test has."""
+    return plan_pb2.StageKey(query_id=uuid.uuid4().bytes, stage_id=1, task_number=2)
+
+
+def do_get(plan: bytes, partition: int = 0, key: plan_pb2.StageKey | None = None) -> bytes:
+    """A ticket, without the worker's own code for tickets."""
+    return plan_pb2.DoGet(plan_proto=plan, target_partition=partition, stage_key=key).SerializeToString()
+
+
+async def in_threads(calls: Sequence[Callable[[], T]]) -> list[T]:
+    """What blocking calls return that are made at the same time, each in a thread of its own.
+
+    All have ended when the first of their errors is raised: the loop that the worker needs never waits for a thread.
+    """
+    loop = asyncio.get_running_loop()
+    with ThreadPoolExecutor(len(calls)) as threads:
+        ended = await asyncio.gather(*(loop.run_in_executor(threads, call) for call in calls), return_exceptions=True)
+    results = []
+    for result in ended:
+        if isinstance(result, BaseException):
+            raise result
+        results.append(result)
+    return results
+
+
+async def fetch(worker: RunningWorker, tickets: Iterable[bytes], headers: Sequence[Header] = ()) -> list[pa.Table]:
+    """The tables of tickets, all fetched at the same time."""
+    options = flight.FlightCallOptions(headers=list(headers))
+    with flight.connect(worker.url) as client:
+
+        def read(ticket: bytes) -> pa.Table:
+            return client.do_get(flight.Ticket(ticket), options).read_all()
+
+        return await in_threads([partial(read, ticket) for ticket in tickets])
+
+
+async def fetch_one(worker: RunningWorker, ticket: bytes, headers: Sequence[Header] = ()) -> pa.Table:
+    """The table of a ticket."""
+    (table,) = await fetch(worker, [ticket], headers)
+    return table
+
+
+@asynccontextmanager
+async def stub(address: str) -> AsyncIterator[Flight_pb2_grpc.FlightServiceStub]:
+    """The generated client of a server."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        yield Flight_pb2_grpc.FlightServiceStub(channel)
+
+
+async def status(answer: Any) -> tuple[grpc.StatusCode, str]:
+    """The code and the details of an RPC that the stub has started; OK when it ended well."""
+    try:
+        if hasattr(answer, "__aiter__"):
+            async for _ in answer:
+                pass
+        else:
+            await answer
+    except grpc.aio.AioRpcError as error:
+        return error.code(), error.details() or ""
+    return grpc.StatusCode.OK, ""
+
+
+async def status_of(worker: RunningWorker, ticket: bytes) -> tuple[grpc.StatusCode, str]:
+    """The status that a ticket is answered with."""
+    async with stub(worker.address) as flight_service:
+        return await status(flight_service.DoGet(Flight_pb2.Ticket(ticket=ticket)))

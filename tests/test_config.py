@@ -1,0 +1,174 @@
+"""Settings: their defaults, where they come from, and what they refuse."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from worker import Settings
+from worker.cli import _parser
+from worker.config import MEBIBYTE, usable_memory
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.upper().startswith("WORKER_"):
+            monkeypatch.delenv(name)
+
+
+def _code(**values: Any) -> Settings:
+    return Settings(**values)
+
+
+def _command_line(*arguments: str) -> Settings:
+    return Settings(**vars(_parser().parse_args(arguments)))
+
+
+DEFAULTS = {
+    "host": "127.0.0.1",
+    "port": 8000,
+    "session_builder": None,
+    "location": None,
+    "memory_limit": usable_memory() // 2,
+    "spill_folder": None,
+    "max_ticket_size": 64 * MEBIBYTE,
+    "max_flight_info_size": 16 * MEBIBYTE,
+    "idle_time": 60,
+    "grace": 30,
+    "shutdown_delay": 0,
+    "log_level": "info",
+}
+
+
+@pytest.mark.parametrize("make", [Settings, _command_line])
+def test_the_defaults_are_pinned(make: Callable[[], Settings]) -> None:
+    assert make().model_dump() == DEFAULTS
+
+
+# A setting, its text, and what it is then.
+VALUES = [
+    ("host", "0.0.0.0", "0.0.0.0"),
+    ("port", "0", 0),
+    ("session_builder", "my_module:build", "my_module:build"),
+    ("location", "grpc+tls://worker-3:443", "grpc+tls://worker-3:443"),
+    ("memory_limit", "4GiB", 4 << 30),
+    ("spill_folder", "/var/spill", Path("/var/spill")),
+    ("max_ticket_size", "1MB", 10**6),
+    ("max_flight_info_size", "512", 512),
+    ("idle_time", "0.5", 0.5),
+    ("grace", "0", 0),
+    ("shutdown_delay", "2", 2),
+    ("log_level", "debug", "debug"),
+]
+
+
+def test_the_values_below_are_of_every_setting() -> None:
+    assert [name for name, _, _ in VALUES] == list(Settings.model_fields) == list(DEFAULTS)
+
+
+@pytest.mark.parametrize(("name", "text", "value"), VALUES)
+def test_a_setting_has_one_name_in_code_environment_and_command_line(
+    name: str, text: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = DEFAULTS | {name: value}
+    option = f"--{name.replace('_', '-')}"
+    assert _code(**{name: text}).model_dump() == expected
+    assert _command_line(option, text).model_dump() == expected
+    assert _command_line(f"{option}={text}").model_dump() == expected
+    monkeypatch.setenv(f"WORKER_{name.upper()}", text)
+    assert Settings().model_dump() == expected
+    assert _command_line().model_dump() == expected
+
+
+def test_code_and_command_line_go_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKER_PORT", "1")
+    monkeypatch.setenv("WORKER_GRACE", "2")
+    for settings in (Settings(port=3), _command_line("--port", "3")):
+        assert (settings.port, settings.grace) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("port", "65536"),
+        ("port", "-1"),
+        ("port", "http"),
+        ("location", "worker-3:8000"),
+        ("location", "http://worker-3:8000"),
+        ("location", "grpc://"),
+        ("memory_limit", "0"),
+        ("memory_limit", "plenty"),
+        ("max_ticket_size", "0"),
+        ("max_flight_info_size", "-1"),
+        ("idle_time", "0"),
+        ("idle_time", "inf"),
+        ("grace", "-1"),
+        ("grace", "nan"),
+        ("grace", "inf"),
+        ("shutdown_delay", "-0.1"),
+        ("log_level", "loud"),
+        ("log_level", ""),
+    ],
+)
+def test_a_value_that_does_not_fit_is_refused_by_its_name(
+    name: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(make: Callable[[], Settings]) -> None:
+        with pytest.raises(ValidationError) as caught:
+            make()
+        assert [error["loc"] for error in caught.value.errors()] == [(name,)]
+
+    refused(lambda: _code(**{name: text}))
+    refused(lambda: _command_line(f"--{name.replace('_', '-')}={text}"))
+    monkeypatch.setenv(f"WORKER_{name.upper()}", text)
+    refused(Settings)
+
+
+def test_a_setting_that_is_none_is_refused() -> None:
+    with pytest.raises(ValidationError, match="idle_tiem"):
+        Settings(idle_tiem=5)  # type: ignore[call-arg]
+
+
+def test_settings_cannot_be_changed() -> None:
+    settings = Settings()
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.port = 1
+
+
+def test_variables_of_other_programs_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKER_POOL", "4")
+    monkeypatch.setenv("PORT", "4")
+    assert Settings().model_dump() == DEFAULTS
+
+
+@pytest.mark.parametrize("arguments", [["--por", "1"], ["--unknown", "1"], ["--port"], ["extra"]])
+def test_the_command_line_refuses_what_it_does_not_know(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        _command_line(*arguments)
+    assert caught.value.code == 2
+    assert "usage: python -m worker" in capsys.readouterr().err
+
+
+def test_the_help_says_every_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        _command_line("--help")
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, field in Settings.model_fields.items():
+        assert f"--{name.replace('_', '-')} " in text
+        assert field.description is not None
+        assert field.description in text
+    assert "(default: 8000)" in text
+    assert "(default: 64.0MiB)" in text
+
+
+def test_usable_memory_is_within_the_machines() -> None:
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < usable_memory() <= machine
+    assert Settings().memory_limit == usable_memory() // 2
