@@ -87,3 +87,10 @@ async def status_of(worker: RunningWorker, ticket: bytes) -> tuple[grpc.StatusCo
     """The status that a ticket is answered with."""
     async with stub(worker.address) as flight_service:
         return await status(flight_service.DoGet(Flight_pb2.Ticket(ticket=ticket)))
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5) -> None:
+    """Waits for what no event tells of, such as a worker's statistics."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.001)

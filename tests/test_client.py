@@ -13,6 +13,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 from datafusion import SessionConfig, SessionContext
+from support import until
 
 from worker import WorkerQueryContext
 from worker.client import WorkerClient
@@ -98,7 +99,7 @@ async def test_a_timeout_ends_the_requests_and_the_workers_work() -> None:
             async for _ in client.execute(endless(), 0, timeout=0.3):
                 pass
         assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        await _idle(lambda: running.worker.statistics().requests)
+        await until(lambda: running.worker.statistics().requests == 0)
 
 
 async def test_leaving_the_loop_early_cancels_the_requests() -> None:
@@ -108,7 +109,7 @@ async def test_leaving_the_loop_early_cancels_the_requests() -> None:
         async with aclosing(client.execute(plan)) as batches:
             await anext(batches)
             assert running.worker.statistics().requests == 4
-        await _idle(lambda: running.worker.statistics().requests)
+        await until(lambda: running.worker.statistics().requests == 0)
 
 
 async def test_an_error_in_one_partition_ends_the_others_and_reaches_the_caller() -> None:
@@ -121,7 +122,7 @@ async def test_an_error_in_one_partition_ends_the_others_and_reaches_the_caller(
         with pytest.raises(grpc.aio.AioRpcError, match="Divide by zero"):
             async for _ in client.execute(plan):
                 pass
-        await _idle(lambda: running.worker.statistics().requests)
+        await until(lambda: running.worker.statistics().requests == 0)
 
 
 def test_an_address_of_another_kind_is_refused() -> None:
@@ -195,9 +196,3 @@ async def test_what_is_wrong_with_a_command_is_said_in_one_line(arguments: list[
     assert (returned, output) == (code, "")
     assert message in errors
     assert "Traceback" not in errors
-
-
-async def _idle(held: Callable[[], int]) -> None:
-    async with asyncio.timeout(5):
-        while held():
-            await asyncio.sleep(0.01)

@@ -56,7 +56,7 @@ VALUES = [
     ("session_builder", "my_module:build", "my_module:build"),
     ("location", "grpc+tls://worker-3:443", "grpc+tls://worker-3:443"),
     ("memory_limit", "4GiB", 4 << 30),
-    ("spill_folder", "/var/spill", Path("/var/spill")),
+    ("spill_folder", "/var/tmp", Path("/var/tmp")),
     ("max_ticket_size", "1MB", 10**6),
     ("max_flight_info_size", "512", 512),
     ("idle_time", "0.5", 0.5),
@@ -111,7 +111,6 @@ def test_code_and_command_line_go_before_the_environment(monkeypatch: pytest.Mon
         ("grace", "inf"),
         ("shutdown_delay", "-0.1"),
         ("log_level", "loud"),
-        ("log_level", ""),
     ],
 )
 def test_a_value_that_does_not_fit_is_refused_by_its_name(
@@ -172,3 +171,9 @@ def test_usable_memory_is_within_the_machines() -> None:
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0 < usable_memory() <= machine
     assert Settings().memory_limit == usable_memory() // 2
+
+
+def test_an_empty_variable_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKER_SPILL_FOLDER", "")
+    monkeypatch.setenv("WORKER_PORT", "")
+    assert (Settings().spill_folder, Settings().port) == (None, 8000)

@@ -4,8 +4,6 @@ import asyncio
 import gc
 import os
 import random
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import grpc
 import psutil
 import pytest
 from datafusion import SessionConfig, SessionContext, col
+from support import until
 
 from worker import Settings, StageKey, Statistics, plan_ticket
 from worker.client import WorkerClient
@@ -29,13 +28,6 @@ def rows_plan(rows: int, partitions: int, where: str = "true") -> bytes:
     columns = ", ".join(f"value * {factor}.5 as c{factor}" for factor in range(1, 8))
     frame = session.sql(f"select value, {columns} from range(0, {rows}) where {where}")
     return frame.repartition_by_hash(col("value"), num=partitions).execution_plan().to_bytes()
-
-
-async def until(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        await asyncio.sleep(0.001)
 
 
 def held(statistics: Statistics) -> tuple[int, int, int]:

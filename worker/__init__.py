@@ -1,7 +1,7 @@
 """A worker for distributed DataFusion: executes physical plans that come in Arrow Flight tickets.
 
 Layers, each importing only from those before it: errors, message; headers, ticket, config; plan_proto, session, plan,
-encode, decode, flight_data; tasks; service; server, client, testing, importer; the command lines.
+partitionwise, encode, decode, flight_data; tasks; service; server, client, testing, importer; the command lines.
 """
 
 from worker.config import Settings

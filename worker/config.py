@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ByteSize, Field
+from pydantic import ByteSize, DirectoryPath, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MEBIBYTE = 1 << 20
@@ -27,7 +27,7 @@ class Settings(BaseSettings):
         pydantic.ValidationError: a value, also one from the environment, does not fit; the error names it.
     """
 
-    model_config = SettingsConfigDict(env_prefix="WORKER_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix="WORKER_", env_ignore_empty=True, frozen=True, extra="forbid")
 
     host: str = Field(default="127.0.0.1", description="the address to listen on; 0.0.0.0 for every IPv4 network")
     port: int = Field(default=8000, ge=0, le=65535, description="the port to listen on; 0 picks a free one")
@@ -47,8 +47,9 @@ class Settings(BaseSettings):
         description="DataFusion's memory pool for one task, beyond which it spills or fails, such as 4GiB; "
         "half of the machine's or container's memory unless set",
     )
-    spill_folder: Path | None = Field(
-        default=None, description="where DataFusion spills to; the system's temporary folder unless set"
+    spill_folder: DirectoryPath | None = Field(
+        default=None,
+        description="an existing folder that DataFusion spills to; the system's temporary folder unless set",
     )
     max_ticket_size: ByteSize = Field(
         default=ByteSize(64 * MEBIBYTE),

@@ -13,8 +13,10 @@ from worker.errors import EnginePanicked, ExecutionFailed, InvalidPlan, Resource
 # How DataFusion's Python package begins a pickled function: DFPYUDF, DFPYUDA, DFPYUDW by its kind.
 PYTHON_UDF_PREFIX = b"DFPYUD"
 
-_MISSING_FUNCTION = re.compile(r"PhysicalExtensionCodec is not provided for (\w+) function (\S+)")
+_MISSING_FUNCTION = re.compile(r"PhysicalExtensionCodec is not provided for (\w+) function (.+)")
 _PANIC_TYPES = frozenset({"PanicException", "RustPanic"})
+# How the panic of a task that an operator has spawned looks like when that passes it on as an error.
+_PANIC_ELSEWHERE = re.compile(r"panicked with message|JoinError::Panic\(")
 _SINK_SCHEMA = pa.schema([pa.field("count", pa.uint64(), nullable=False)])
 
 
@@ -68,8 +70,9 @@ def schema_of(session: SessionContext, plan: bytes) -> pa.Schema:
 
     1. A left join of one row without columns with no rows of the plan: one row with the plan's names, types and
        metadata, every field nullable.
-    2. A union of the plan and an empty batch with those fields, none of them nullable, of which only the batch's
-       partition is executed: a field of a union is nullable where it is in any input, hence where it is in the plan.
+    2. A union of the plan, each column cast to a boolean, and an empty batch of booleans none of which is nullable, of
+       which only the batch's partition is executed: a field of a union is nullable where it is in any input, a cast
+       where its column is. The plan's own types would not do: pyarrow renames what is in maps, and unions notice.
 
     Raises:
         InvalidPlan: the plan does not decode in this session, or is nested so deep that nothing fits around it
@@ -80,10 +83,10 @@ def schema_of(session: SessionContext, plan: bytes) -> pa.Schema:
     message = plan_proto.parse(plan)
     if _is_sink(message):
         return _SINK_SCHEMA
-    _empty_leaves(message)
+    empty_leaves(message)
 
     joined = plan_proto.PhysicalPlanNode()
-    joined.nested_loop_join.join_type = plan_proto.LEFT_JOIN
+    joined.nested_loop_join.join_type = plan_proto.JOIN_TYPES["LEFT"]
     row = joined.nested_loop_join.left.placeholder_row
     row.schema.SetInParent()
     row.partitions = 1
@@ -92,15 +95,23 @@ def schema_of(session: SessionContext, plan: bytes) -> pa.Schema:
     none.fetch = 0
     nullable = _schema_of_partition(session, joined, 0)
 
-    # A table's names must differ, a plan's need not; a union takes those of its first input.
-    strict = pa.schema(
-        [field.with_nullable(False).with_name(str(index)) for index, field in enumerate(nullable)], nullable.metadata
-    )
-    empty = pa.RecordBatch.from_arrays([pa.nulls(0, field.type) for field in strict], schema=strict)
+    if not nullable.names:
+        return nullable
+    # A table's names must differ, a plan's need not.
+    strict = pa.schema([pa.field(str(index), pa.bool_(), nullable=False) for index in range(len(nullable))])
     union = plan_proto.PhysicalPlanNode()
-    union.union.inputs.add().CopyFrom(message)
-    union.union.inputs.add().CopyFrom(_memory_scan(empty))
-    return _schema_of_partition(session, union, -1)
+    casts = union.union.inputs.add().projection
+    casts.input.CopyFrom(message)
+    for index, field in enumerate(nullable):
+        cast = casts.expr.add().cast
+        cast.expr.column.name = field.name
+        cast.expr.column.index = index
+        cast.arrow_type.BOOL.SetInParent()
+        casts.expr_name.append(str(index))
+    union.union.inputs.add().CopyFrom(_empty_scan(strict))
+    nulls = _schema_of_partition(session, union, -1)
+    fields = [field.with_nullable(null.nullable) for field, null in zip(nullable, nulls, strict=True)]
+    return pa.schema(fields, nullable.metadata)
 
 
 def is_panic(error: BaseException) -> bool:
@@ -121,7 +132,7 @@ def execution_errors() -> Iterator[None]:
         raise
     except BaseException as error:
         text = _text(error)
-        if is_panic(error):
+        if is_panic(error) or _PANIC_ELSEWHERE.search(text):
             raise EnginePanicked(f"DataFusion panicked while it executed the plan: {text}") from error
         if not isinstance(error, Exception):
             raise
@@ -137,25 +148,45 @@ def _is_sink(node: plan_proto.Message) -> bool:
     return (plan_proto.kind(node) or "").endswith("_sink")
 
 
-def _empty_leaves(plan: plan_proto.Message) -> None:
-    """Takes all data out of a plan, and the nodes that would write."""
+def empty_leaves(plan: plan_proto.Message) -> None:
+    """Takes all rows out of a plan, so that no function is called on any, and the nodes that would write.
+
+    Leaves of nodes that only a codec knows stay as they are.
+    """
+    ungrouped = []
     for node in list(plan_proto.nodes(plan)):
         match plan_proto.kind(node):
             case "memory_scan":
                 node.memory_scan.partitions[:] = [b""] * len(node.memory_scan.partitions)
-            case "generate_series":
-                schema = plan_proto.PhysicalPlanNode()
-                schema.empty.schema.CopyFrom(node.generate_series.schema)
-                schema.empty.partitions = 1
-                node.CopyFrom(schema)
             case "parquet_scan" | "csv_scan" | "json_scan" | "avro_scan" | "arrow_scan" as kind:
                 for group in getattr(node, kind).base_conf.file_groups:
                     group.ClearField("files")
+            case "generate_series":
+                _replace_by_empty(node, node.generate_series.schema, 1)
+            case "placeholder_row":
+                _replace_by_empty(node, node.placeholder_row.schema, node.placeholder_row.partitions)
             case "json_sink" | "csv_sink" | "parquet_sink":
-                node.CopyFrom(_memory_scan(_SINK_SCHEMA.empty_table().to_batches()[0]))
+                node.CopyFrom(_empty_scan(_SINK_SCHEMA))
+            case "aggregate" if not node.aggregate.group_expr:
+                ungrouped.append(node)
+    # An aggregate without groups makes a row of none. The innermost first: what is copied is another node then.
+    for node in reversed(ungrouped):
+        limited = plan_proto.PhysicalPlanNode()
+        limited.local_limit.input.CopyFrom(node)
+        limited.local_limit.fetch = 0
+        node.CopyFrom(limited)
 
 
-def _memory_scan(batch: pa.RecordBatch) -> plan_proto.Message:
+def _replace_by_empty(node: plan_proto.Message, schema: plan_proto.Message, partitions: int) -> None:
+    empty = plan_proto.PhysicalPlanNode()
+    empty.empty.schema.CopyFrom(schema)
+    empty.empty.partitions = partitions
+    node.CopyFrom(empty)
+
+
+def _empty_scan(schema: pa.Schema) -> plan_proto.Message:
+    """A ``MemoryScan`` of one batch without rows."""
+    batch = pa.RecordBatch.from_arrays([pa.nulls(0, field.type) for field in schema], schema=schema)
     return plan_proto.parse(SessionContext().create_dataframe([[batch]]).execution_plan().to_bytes())
 
 

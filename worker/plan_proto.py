@@ -31,7 +31,14 @@ def _load_pool() -> descriptor_pool.DescriptorPool:
 _POOL = _load_pool()
 _NODE: Descriptor = _POOL.FindMessageTypeByName("datafusion.PhysicalPlanNode")
 PhysicalPlanNode: Callable[[], Message] = message_factory.GetMessageClass(_NODE)
-LEFT_JOIN: int = _POOL.FindEnumTypeByName("datafusion_common.JoinType").values_by_name["LEFT"].number
+
+
+def _enum(name: str) -> dict[str, int]:
+    return {value.name: value.number for value in _POOL.FindEnumTypeByName(name).values}
+
+
+JOIN_TYPES = _enum("datafusion_common.JoinType")
+PARTITION_MODES = _enum("datafusion.PartitionMode")
 
 
 def _fields_towards(is_wanted: Callable[[Descriptor], bool]) -> _Fields:
@@ -66,14 +73,18 @@ def _fields_towards(is_wanted: Callable[[Descriptor], bool]) -> _Fields:
     }
 
 
-def _walk(message: Message, fields: _Fields) -> Iterator[Message]:
-    yield message
+def _parts(message: Message, fields: _Fields) -> Iterator[Message]:
     for name, repeated in fields[message.DESCRIPTOR.full_name]:
         if repeated:
-            for child in getattr(message, name):
-                yield from _walk(child, fields)
+            yield from getattr(message, name)
         elif message.HasField(name):
-            yield from _walk(getattr(message, name), fields)
+            yield getattr(message, name)
+
+
+def _walk(message: Message, fields: _Fields) -> Iterator[Message]:
+    yield message
+    for part in _parts(message, fields):
+        yield from _walk(part, fields)
 
 
 _TOWARDS_NODES = _fields_towards(lambda descriptor: descriptor is _NODE)
@@ -95,6 +106,15 @@ def parse(plan: bytes) -> Message:
 def nodes(plan: Message) -> Iterator[Message]:
     """Every ``PhysicalPlanNode`` of the plan, itself first, parents before their children."""
     return (message for message in _walk(plan, _TOWARDS_NODES) if message.DESCRIPTOR is _NODE)
+
+
+def children(node: Message) -> Iterator[Message]:
+    """The inputs of a node, in the order of its fields."""
+    for part in _parts(node, _TOWARDS_NODES):
+        if part.DESCRIPTOR is _NODE:
+            yield part
+        else:
+            yield from children(part)
 
 
 def kind(node: Message) -> str | None:

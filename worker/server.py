@@ -11,12 +11,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from worker.config import Settings
-from worker.proto import Flight_pb2
-from worker.service import Context, Worker, add_FlightServiceServicer_to_server, server_options
+from worker.service import SERVICE, Context, Worker, add_FlightServiceServicer_to_server, server_options
 
 logger = logging.getLogger("worker")
 
-FLIGHT_SERVICE: str = Flight_pb2.DESCRIPTOR.services_by_name["FlightService"].full_name
 
 # A client that watches health and does not read must not hold up the end.
 WATCH_SECONDS = 1.0
@@ -32,7 +30,7 @@ class Server:
         self._server = grpc.aio.server(options=server_options(settings))
         add_FlightServiceServicer_to_server(worker, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        services = (FLIGHT_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        services = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(services, self._server)
         self.address = ""
         """Where it listens, as ``host:port``; known once it has started."""
@@ -49,7 +47,7 @@ class Server:
         except RuntimeError as error:
             raise OSError(f"cannot listen on {host}:{self._settings.port}: is the port taken?") from error
         await self._server.start()
-        await self._health.set(FLIGHT_SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         self.address = f"{host}:{port}"
 
     async def stop(self) -> None:
@@ -78,7 +76,7 @@ class Server:
         # A service's watches take turns with ``set``: the second time, they all have written what they heard the first.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(WATCH_SECONDS):
-                for service in ("", FLIGHT_SERVICE):
+                for service in ("", SERVICE):
                     await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def __aenter__(self) -> Self:

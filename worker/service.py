@@ -37,6 +37,8 @@ Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 # What a request or an answer has beside its ticket: descriptors, field tags. gRPC counts it in its limit.
 MESSAGE_OVERHEAD = 64 * 1024
 
+SERVICE: str = Flight_pb2.DESCRIPTOR.services_by_name["FlightService"].full_name
+
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
@@ -275,10 +277,13 @@ def add_FlightServiceServicer_to_server(
         do_get: grpc.RpcMethodHandler[Flight_pb2.Ticket, bytes] = grpc.unary_stream_rpc_method_handler(
             servicer._do_get_bytes, request_deserializer=Flight_pb2.Ticket.FromString, response_serializer=None
         )
-        service = Flight_pb2.DESCRIPTOR.services_by_name["FlightService"].full_name
-        # Of several handlers for one method, the server takes the one that was added first.
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {"DoGet": do_get}),))
-    Flight_pb2_grpc.add_FlightServiceServicer_to_server(servicer, server)
+        # Handlers registered by method come before generic ones, and the last registered counts. A grpcio that has none
+        # (1.72) takes the first generic one.
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"DoGet": do_get}),))
+        Flight_pb2_grpc.add_FlightServiceServicer_to_server(servicer, server)
+        server.add_registered_method_handlers(SERVICE, {"DoGet": do_get})
+    else:
+        Flight_pb2_grpc.add_FlightServiceServicer_to_server(servicer, server)
 
 
 def server_options(settings: Settings | None = None) -> list[tuple[str, int]]:

@@ -97,7 +97,7 @@ class SessionStateBuilder:
             ValueError: ``url`` has no scheme.
         """
         parts = urlsplit(url)
-        if not parts.scheme:
+        if "://" not in url or not parts.scheme:
             raise ValueError(f"object store URL {url!r} has no scheme: 's3://bucket' is right")
         self._object_stores.append((f"{parts.scheme}://", parts.netloc or None, store))
         return self
@@ -241,8 +241,16 @@ async def _call(function: Callable[[Any], Any], argument: Any) -> Any:
     """The result of a function that may be asynchronous; a synchronous one runs in a thread."""
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
         return await function(argument)
-    result = await asyncio.to_thread(function, argument)
+    result = await asyncio.to_thread(_without_stop_iteration, function, argument)
     return await result if inspect.isawaitable(result) else result
+
+
+def _without_stop_iteration(function: Callable[[Any], Any], argument: Any) -> Any:
+    """Calls a function; a ``StopIteration``, which no future can hold, would leave who awaits it waiting for ever."""
+    try:
+        return function(argument)
+    except StopIteration as error:
+        raise RuntimeError(f"{function!r} raised StopIteration") from error
 
 
 def apply_partition_wise_options(session: SessionContext) -> None:

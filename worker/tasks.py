@@ -12,6 +12,7 @@ from datafusion import ExecutionPlan, RecordBatchStream, SessionContext
 
 from worker import plan
 from worker.errors import PartitionOutOfRange, StageKeyConflict
+from worker.partitionwise import with_independent_partitions
 from worker.session import apply_partition_wise_options
 from worker.ticket import PlanTicket
 
@@ -313,7 +314,8 @@ def _prepare(session: SessionContext, plan_bytes: bytes, python_udf_inlining: bo
     # Dropping the pickles makes the names be looked up; the strict session makes sure that none is unpickled.
     if not python_udf_inlining:
         plan_bytes = plan.without_python_udfs(plan_bytes)
-    return session.with_python_udf_inlining(enabled=python_udf_inlining), plan_bytes
+    session = session.with_python_udf_inlining(enabled=python_udf_inlining)
+    return session, with_independent_partitions(session, plan_bytes)
 
 
 def _buffers_for_all(instance: ExecutionPlan) -> bool:

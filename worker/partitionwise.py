@@ -1,0 +1,89 @@
+"""Plans whose partitions can be executed one by one.
+
+Some joins know only when *all* partitions of an instance have been read which rows of their left side found a match,
+and give those that did (or did not) to whichever partition ends last: nested loop joins, and hash joins that collect
+their left side, whose results have such rows (left, full, left semi, left anti and left mark joins). Executed alone,
+no partition has them; read in another order, another one has. Plans are rewritten here so that a partition is a
+function of the plan and the data alone.
+"""
+
+from collections.abc import Callable, Iterator
+
+from datafusion import SessionContext
+
+from worker import plan, plan_proto
+from worker.plan_proto import Message, PhysicalPlanNode
+
+# Nodes that execute all partitions of their input themselves, whichever of their own are executed.
+_EXCHANGES = frozenset({"repartition", "merge", "sort_preserving_merge"})
+
+_GIVES_LEFT_ROWS = frozenset(
+    plan_proto.JOIN_TYPES[name] for name in ("LEFT", "FULL", "LEFTSEMI", "LEFTANTI", "LEFTMARK")
+)
+_COLLECT_LEFT = plan_proto.PARTITION_MODES["COLLECT_LEFT"]
+_PARTITIONED = plan_proto.PARTITION_MODES["PARTITIONED"]
+
+
+def with_independent_partitions(session: SessionContext, plan_bytes: bytes) -> bytes:
+    """The plan, with as many partitions, each of which has the same rows however the others are executed.
+
+    Blocks for 0.1 ms, and for some more when there is something to rewrite.
+
+    Raises:
+        InvalidPlan, EnginePanicked: as ``plan.decode``.
+    """
+    message = plan_proto.parse(plan_bytes)
+    joins = list(_joins_over_partitions(message))
+    for join in joins:
+        _separate(session, join)
+    return message.SerializeToString() if joins else plan_bytes
+
+
+def _joins_over_partitions(node: Message) -> Iterator[Message]:
+    match plan_proto.kind(node):
+        case exchange if exchange in _EXCHANGES:
+            return
+        case "hash_join" if (
+            node.hash_join.partition_mode == _COLLECT_LEFT and node.hash_join.join_type in _GIVES_LEFT_ROWS
+        ):
+            yield node
+        case "nested_loop_join" if node.nested_loop_join.join_type in _GIVES_LEFT_ROWS:
+            yield node
+        case _:
+            for child in plan_proto.children(node):
+                yield from _joins_over_partitions(child)
+
+
+def _separate(session: SessionContext, node: Message) -> None:
+    join = getattr(node, plan_proto.kind(node) or "")
+    partitions = plan.decode(session, join.right.SerializeToString()).partition_count
+    if partitions == 1:
+        return
+    if plan_proto.kind(node) == "hash_join" and not join.null_aware:
+        # As DataFusion joins what is too large to collect: each partition has the rows of its own keys, of both sides.
+        join.partition_mode = _PARTITIONED
+        _repartition(join.left, [on.left for on in join.on], partitions)
+        _repartition(join.right, [on.right for on in join.on], partitions)
+    else:
+        # There is no such way: the first partition has all rows, and the others those of a copy that has none.
+        _wrap(join.right, lambda wrapper: wrapper.merge.input)
+        nothing = PhysicalPlanNode()
+        nothing.repartition.partitioning.round_robin = partitions - 1
+        nothing.repartition.input.merge.input.CopyFrom(node)
+        nothing.repartition.input.merge.fetch = 0
+        plan.empty_leaves(nothing)
+        _wrap(node, lambda wrapper: wrapper.union.inputs.add())
+        node.union.inputs.add().CopyFrom(nothing)
+
+
+def _repartition(node: Message, expressions: list[Message], partitions: int) -> None:
+    _wrap(node, lambda wrapper: wrapper.repartition.input)
+    node.repartition.partitioning.hash.partition_count = partitions
+    node.repartition.partitioning.hash.hash_expr.extend(expressions)
+
+
+def _wrap(node: Message, place: Callable[[Message], Message]) -> None:
+    """Puts a new node in the place of one that becomes its input, at the ``place`` in it."""
+    wrapper = PhysicalPlanNode()
+    place(wrapper).CopyFrom(node)
+    node.CopyFrom(wrapper)
