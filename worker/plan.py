@@ -17,6 +17,10 @@ _MISSING_FUNCTION = re.compile(r"PhysicalExtensionCodec is not provided for (\w+
 _PANIC_TYPES = frozenset({"PanicException", "RustPanic"})
 # How the panic of a task that an operator has spawned looks like when that passes it on as an error.
 _PANIC_ELSEWHERE = re.compile(r"panicked with message|JoinError::Panic\(")
+# How an error of a Python function looks in the text of DataFusion's. Its traceback shows the worker's own files.
+_PYTHON_ERROR = re.compile(
+    r'PyErr \{ type: .+?, value: (.+?), traceback: (?:None|Some\("(?:[^"\\]|\\.)*"\)) \}', re.DOTALL
+)
 _SINK_SCHEMA = pa.schema([pa.field("count", pa.uint64(), nullable=False)])
 
 
@@ -140,8 +144,9 @@ def execution_errors() -> Iterator[None]:
 
 
 def _text(error: BaseException) -> str:
-    # DataFusion ends internal errors with an invitation to report them to its own developers.
-    return str(error).partition("\nThis issue was likely caused by a bug in DataFusion")[0] or type(error).__name__
+    """What DataFusion says, without the tracebacks of Python functions and its invitation to report bugs."""
+    text = str(error).partition("\nThis issue was likely caused by a bug in DataFusion")[0]
+    return _PYTHON_ERROR.sub(r"\1", text) or type(error).__name__
 
 
 def _is_sink(node: plan_proto.Message) -> bool:

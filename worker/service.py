@@ -1,6 +1,5 @@
 """The Arrow Flight servicer: one handler an RPC, and the one place where errors become statuses."""
 
-import asyncio
 import hashlib
 import logging
 import secrets
@@ -16,7 +15,7 @@ import pyarrow as pa
 from worker import flight_data
 from worker.config import Settings
 from worker.encode import Encoder
-from worker.errors import InvalidTicket, ResponseTooLarge, WorkerError
+from worker.errors import InvalidTicket, ResponseTooLarge, SessionBuilderFailed, WorkerError
 from worker.headers import Headers
 from worker.message import Message
 from worker.proto import Flight_pb2, Flight_pb2_grpc
@@ -26,6 +25,7 @@ from worker.session import (
     SessionBuilderLike,
     SessionStateBuilder,
     WorkerQueryContext,
+    is_cancellation,
 )
 from worker.tasks import Tasks
 from worker.ticket import PlanTicket, StageKey
@@ -36,6 +36,9 @@ Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 # What a request or an answer has beside its ticket: descriptors, field tags. gRPC counts it in its limit.
 MESSAGE_OVERHEAD = 64 * 1024
+
+# Clients refuse metadata beyond 8 KiB (or 16, by their version), in which there is more than the text.
+MAX_DETAILS = 6 * 1024
 
 SERVICE: str = Flight_pb2.DESCRIPTOR.services_by_name["FlightService"].full_name
 
@@ -221,14 +224,15 @@ class Worker(Flight_pb2_grpc.FlightServiceServicer):
         try:
             yield
         except WorkerError as error:
-            if error.status is grpc.StatusCode.INTERNAL:
+            if isinstance(error, SessionBuilderFailed):
                 logger.error("request failed: %s", error, exc_info=error)
-            await context.abort(error.status, str(error))
+            elif error.status is grpc.StatusCode.INTERNAL:
+                logger.error("request failed: %s", error.__cause__ or error)
+            await context.abort(error.status, _details(str(error)))
         except (grpc.aio.AbortError, GeneratorExit, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
-            current = asyncio.current_task()
-            if isinstance(error, asyncio.CancelledError) and current is not None and current.cancelling():
+            if is_cancellation(error):
                 raise
             logger.exception("request failed")
             await context.abort(grpc.StatusCode.INTERNAL, "internal error: the worker's log says why")
@@ -303,6 +307,18 @@ def _ticket_of(descriptor: Flight_pb2.FlightDescriptor) -> PlanTicket:
     if descriptor.type != Flight_pb2.FlightDescriptor.CMD:
         raise InvalidTicket("the descriptor is not a command: its cmd must be a worker.plan.DoGet message")
     return PlanTicket.from_bytes(descriptor.cmd)
+
+
+def _details(text: str) -> str:
+    """A text as gRPC can carry it: percent-encoded, in a trailer that clients take only if it is short."""
+    kept: list[str] = []
+    size = 0
+    for character in text.encode("utf-8", "replace").decode():
+        size += 1 if " " <= character <= "~" and character != "%" else 3 * len(character.encode())
+        if size > MAX_DETAILS:
+            return "".join(kept) + " ..."
+        kept.append(character)
+    return "".join(kept)
 
 
 async def _unimplemented(context: Context, instead: str) -> NoReturn:

@@ -207,7 +207,12 @@ class SessionBuilder:
             session = await _call(self._build, ctx)
         except WorkerError:
             raise
-        except Exception as error:
+        except BaseException as error:
+            # Not even an exit leaves here: whoever asks has an answer coming, and others are being served.
+            if is_cancellation(error):
+                raise
+            if isinstance(only := _only_error(error), WorkerError):
+                raise only from error
             raise SessionBuilderFailed("the session builder failed: the worker's log says why") from error
         if not isinstance(session, SessionContext):
             raise SessionBuilderFailed("the session builder failed: the worker's log says why") from TypeError(
@@ -231,6 +236,19 @@ class DefaultSessionBuilder(SessionBuilder):
 
     def __init__(self) -> None:
         super().__init__(_build_default)
+
+
+def is_cancellation(error: BaseException) -> bool:
+    """Whether the running task is being cancelled, and this is how it learns of it."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
+
+
+def _only_error(error: BaseException) -> BaseException:
+    """What a builder meant that awaited several things at once in a ``TaskGroup``."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
 
 
 async def _build_default(ctx: WorkerQueryContext) -> SessionContext:

@@ -1,0 +1,80 @@
+"""Servers in processes of their own, which end with the benchmark, whatever ends it."""
+
+import ctypes
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+COMMANDS = {
+    "worker": ("-m", "worker", "--port", "0", "--grace", "0", "--log-level", "error"),
+    "pyarrow.flight": (
+        "-m",
+        "benchmarks.flight_server",
+    ),
+}
+STOP_SECONDS = 5
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Server:
+    name: str
+    url: str
+    pid: int
+
+    def peak_memory(self) -> int:
+        """The most bytes that were resident so far."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+        if found is None:
+            raise RuntimeError(f"the {self.name} server has ended")
+        return int(found[1]) * 1024
+
+
+@contextmanager
+def running_servers() -> Iterator[list[Server]]:
+    """The worker and the server it is compared with. Call it from the main thread, before other threads start."""
+    # Python turns Ctrl-C alone into an exception, which is what ends the servers.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _exit)
+    with ExitStack() as stack:
+        yield [stack.enter_context(_running(name, command)) for name, command in COMMANDS.items()]
+
+
+@contextmanager
+def _running(name: str, command: tuple[str, ...]) -> Iterator[Server]:
+    process = subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, text=True, preexec_fn=_die_with_parent
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        listening = re.fullmatch(r"listening on (grpc://\S+)\n", line)
+        if listening is None:
+            raise RuntimeError(f"the {name} server did not start: it said {line!r}")
+        yield Server(name, listening[1], process.pid)
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+_libc = ctypes.CDLL(None)
+
+
+def _die_with_parent() -> None:
+    # For what leaves this process no time to end its children, such as SIGKILL.
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _exit(number: int, frame: object) -> NoReturn:
+    sys.exit(128 + number)
