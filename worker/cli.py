@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from pydantic import ByteSize, ValidationError
 
+from worker.allocator import keep_freed_memory
 from worker.config import Settings
 from worker.importer import ImportFailed, load_session_builder
 from worker.server import Server
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
         )
         builder = load_session_builder(settings.session_builder) if settings.session_builder else None
+        keep_freed_memory()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(_serve(settings, builder))
     except ValidationError as error:

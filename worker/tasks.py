@@ -265,8 +265,8 @@ class Tasks:
         self._leave(entry)
 
     async def _make(self, session: SessionContext, plan_bytes: bytes, python_udf_inlining: bool) -> Task:
-        session, plan_bytes = await self.in_thread(_prepare, session, plan_bytes, python_udf_inlining)
-        return Task(self, session, plan_bytes, await self.decode(session, plan_bytes))
+        self._plans_decoded += 1
+        return Task(self, *await self.in_thread(_prepare, session, plan_bytes, python_udf_inlining))
 
     def _forget(self, entry: "_Entry") -> None:
         if self._entries.get(entry.key) is entry:
@@ -309,13 +309,17 @@ class _Entry:
             self.idling = None
 
 
-def _prepare(session: SessionContext, plan_bytes: bytes, python_udf_inlining: bool) -> tuple[SessionContext, bytes]:
+def _prepare(
+    session: SessionContext, plan_bytes: bytes, python_udf_inlining: bool
+) -> tuple[SessionContext, bytes, ExecutionPlan]:
+    """The session and the plan as they are used here, and a first instance."""
     apply_partition_wise_options(session)
     # Dropping the pickles makes the names be looked up; the strict session makes sure that none is unpickled.
     if not python_udf_inlining:
         plan_bytes = plan.without_python_udfs(plan_bytes)
     session = session.with_python_udf_inlining(enabled=python_udf_inlining)
-    return session, with_independent_partitions(session, plan_bytes)
+    plan_bytes = with_independent_partitions(session, plan_bytes)
+    return session, plan_bytes, plan.decode(session, plan_bytes)
 
 
 def _buffers_for_all(instance: ExecutionPlan) -> bool:
