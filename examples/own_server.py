@@ -29,6 +29,7 @@ from worker import (
     Worker,
     WorkerQueryContext,
     add_FlightServiceServicer_to_server,
+    keep_freed_memory,
     server_options,
 )
 
@@ -87,6 +88,8 @@ async def serve(port: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="A Flight server with a worker in it.")
     parser.add_argument("--port", type=int, default=8000, help="0 picks a free one (default: %(default)s)")
-    asyncio.run(serve(parser.parse_args().port))
+    port = parser.parse_args().port
+    keep_freed_memory()
+    asyncio.run(serve(port))
     # Threads of DataFusion's runtime may outlive the server, and crash in an interpreter that is being finalized.
     os._exit(0)

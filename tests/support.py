@@ -1,11 +1,14 @@
 """What many tests need of a client: tickets made by hand, partitions fetched by pyarrow, the status of an error."""
 
 import asyncio
+import sys
 import uuid
+from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
@@ -18,6 +21,8 @@ from worker.testing import RunningWorker
 T = TypeVar("T")
 
 Header = tuple[bytes, bytes]
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def stage_key() -> plan_pb2.StageKey:
@@ -94,3 +99,28 @@ async def until(condition: Callable[[], bool], seconds: float = 5) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.001)
+
+
+class Touch:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (self.file,)
+
+
+@asynccontextmanager
+async def listening(*command: str, folder: Path | None = None) -> AsyncIterator[tuple[Process, str]]:
+    """A process that serves, and the URL that it says it serves at."""
+    running = await asyncio.create_subprocess_exec(sys.executable, *command, stdout=PIPE, stderr=PIPE, cwd=folder)
+    assert running.stdout is not None
+    try:
+        line = (await running.stdout.readline()).decode()
+        assert line.startswith("listening on grpc://127.0.0.1:"), line
+        yield running, line.removeprefix("listening on ").strip()
+    finally:
+        if running.returncode is None:
+            running.kill()
+        await running.communicate()

@@ -15,8 +15,7 @@ import pyarrow.compute as pc
 import pytest
 from datafusion import AggregateUDF, ScalarUDF, SessionConfig, SessionContext, WindowUDF, udaf, udf, udwf
 from datafusion.user_defined import Accumulator, WindowEvaluator
-from support import do_get, fetch, fetch_one, stage_key, status, stub
-from test_examples import Touch, listening
+from support import Touch, do_get, fetch, fetch_one, listening, stage_key, status, stub
 
 from worker import (
     DefaultSessionBuilder,

@@ -17,41 +17,15 @@ import pyarrow.parquet as pq
 import pytest
 from datafusion import SessionConfig, SessionContext, udf
 from pyarrow import flight
+from support import EXAMPLES, Touch, listening
 
 from worker import Worker, add_FlightServiceServicer_to_server, plan_ticket, server_options
 from worker.client import WorkerClient
 from worker.proto import Flight_pb2_grpc
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
 ADA = "Bearer a-token-of-ada"
 WEATHER = pa.table({"station": ["Oslo", "Cairo", "Quito"], "fahrenheit": [41.0, 95.0, None]})
 CELSIUS = [{"celsius": 5.0}, {"celsius": 35.0}, {"celsius": None}]
-
-
-class Touch:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return Path.touch, (self.file,)
-
-
-@asynccontextmanager
-async def listening(*command: str, folder: Path | None = None) -> AsyncIterator[tuple[Process, str]]:
-    """A process that serves, and the URL that it says it serves at."""
-    running = await asyncio.create_subprocess_exec(sys.executable, *command, stdout=PIPE, stderr=PIPE, cwd=folder)
-    assert running.stdout is not None
-    try:
-        line = (await running.stdout.readline()).decode()
-        assert line.startswith("listening on grpc://127.0.0.1:"), line
-        yield running, line.removeprefix("listening on ").strip()
-    finally:
-        if running.returncode is None:
-            running.kill()
-        await running.communicate()
 
 
 @asynccontextmanager

@@ -4,7 +4,6 @@ import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,22 +21,13 @@ from datafusion import (
     udwf,
 )
 from datafusion.user_defined import Accumulator, WindowEvaluator
+from support import Touch
 
 from worker import EnginePanicked, ExecutionFailed, InvalidPlan, ResourcesExhausted
 from worker.plan import PYTHON_UDF_PREFIX, decode, execution_errors, is_panic, schema_of, without_python_udfs
 from worker.plan_proto import kind, nodes, parse
 
 INT = pa.int64()
-
-
-class Touch:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return Path.touch, (self.file,)
 
 
 class Sum(Accumulator):

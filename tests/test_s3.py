@@ -20,7 +20,7 @@ import pytest
 from datafusion import SessionConfig, SessionContext
 from datafusion.object_store import AmazonS3
 from pyarrow import flight
-from test_examples import EXAMPLES, listening
+from support import EXAMPLES, listening
 
 from worker import StageKey, plan_ticket
 from worker.client import WorkerClient

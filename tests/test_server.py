@@ -14,6 +14,7 @@ import pytest
 from datafusion import SessionConfig, SessionContext
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from support import listening
 
 from worker import plan_ticket
 from worker.client import WorkerClient
@@ -29,17 +30,8 @@ ROWS = 20_000_000
 @asynccontextmanager
 async def process(*arguments: str, folder: Path | None = None) -> AsyncIterator[tuple[Process, str]]:
     """A worker process, and the address that it says it listens on."""
-    command = [sys.executable, "-m", "worker", "--port", "0", *arguments]
-    running = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=PIPE, cwd=folder)
-    assert running.stdout is not None
-    try:
-        line = (await running.stdout.readline()).decode()
-        assert line.startswith("listening on grpc://127.0.0.1:"), line
-        yield running, line.removeprefix("listening on grpc://").strip()
-    finally:
-        if running.returncode is None:
-            running.kill()
-        await running.communicate()
+    async with listening("-m", "worker", "--port", "0", *arguments, folder=folder) as (running, url):
+        yield running, url.removeprefix("grpc://")
 
 
 async def refused(*arguments: str, folder: Path) -> str:

@@ -5,6 +5,7 @@ session, plan, partitionwise, encode, decode, flight_data; tasks; service; serve
 command lines.
 """
 
+from worker.allocator import keep_freed_memory
 from worker.config import Settings
 from worker.errors import (
     EnginePanicked,
@@ -68,6 +69,7 @@ __all__ = [
     "WorkerQueryContext",
     "WorkerSessionBuilder",
     "add_FlightServiceServicer_to_server",
+    "keep_freed_memory",
     "plan_ticket",
     "server_options",
 ]

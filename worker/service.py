@@ -275,7 +275,8 @@ def add_FlightServiceServicer_to_server(
 ) -> None:
     """Adds a servicer to a server, like the generated function of this name, but so that a ``Worker`` sends bytes.
 
-    Ready bytes are 1.3 to 1.5 times as fast as protobuf objects. A class that overrides ``DoGet`` is served as it is.
+    Ready bytes are 1.1 to 1.25 times as fast as protobuf objects, if the process reuses the memory of messages (see
+    ``keep_freed_memory``). A class that overrides ``DoGet`` is served as it is.
     """
     if isinstance(servicer, Worker) and type(servicer).DoGet is Worker.DoGet:
         do_get: grpc.RpcMethodHandler[Flight_pb2.Ticket, bytes] = grpc.unary_stream_rpc_method_handler(
