@@ -1,6 +1,8 @@
 """What many tests need: TPC-H's tables and queries."""
 
+import os
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -8,6 +10,8 @@ import pytest
 from datafusion import SessionConfig, SessionContext
 
 DATA = Path(__file__).parent / "data"
+
+EXIT_STATUS = pytest.StashKey[int]()
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +36,16 @@ def tpch_query(number: int) -> list[str]:
     """The statements of a TPC-H query; the last but for ``drop view`` is the one that has rows."""
     text = (DATA / "tpch" / f"q{number}.sql").read_text()
     return [statement for statement in text.split(";") if statement.strip()]
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    session.config.stash[EXIT_STATUS] = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Ends the process as the worker does: threads of DataFusion's runtime may crash an interpreter that finalizes."""
+    if EXIT_STATUS in config.stash:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(config.stash[EXIT_STATUS])
