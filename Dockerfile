@@ -1,4 +1,10 @@
-# A worker, without a session builder. For one with yours: FROM this image, install your package, set WORKER_SESSION_BUILDER.
+# A worker, without a session builder. For one with yours:
+#     FROM this image
+#     USER root
+#     RUN pip install your-package
+#     USER worker
+#     ENV WORKER_SESSION_BUILDER=your_package:build_state
+# Set the port by WORKER_PORT rather than --port: the health check reads it too.
 FROM python:3.13-slim AS build
 COPY . /source
 RUN python -m venv /worker && /worker/bin/pip install --no-cache-dir '/source[uvloop]'

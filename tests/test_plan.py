@@ -24,6 +24,7 @@ from datafusion.user_defined import Accumulator, WindowEvaluator
 from support import Touch
 
 from worker import EnginePanicked, ExecutionFailed, InvalidPlan, ResourcesExhausted
+from worker import plan as plan_module
 from worker.plan import PYTHON_UDF_PREFIX, decode, execution_errors, is_panic, schema_of, without_python_udfs
 from worker.plan_proto import kind, nodes, parse
 
@@ -501,3 +502,16 @@ def test_an_invitation_to_report_bugs_is_left_out() -> None:
 def test_ordinary_errors_are_no_panics() -> None:
     assert not is_panic(ValueError("PanicException"))
     assert not is_panic(KeyboardInterrupt())
+
+
+def test_a_scan_of_an_older_datafusion_is_refused_instead_of_reading_other_columns(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a": [1], "b": [2]}), tmp_path / "t.parquet")
+    session = SessionContext()
+    session.register_parquet("t", tmp_path / "t.parquet")
+    message = parse(session.sql("SELECT b FROM t").execution_plan().to_bytes())
+    (scan,) = (node.parquet_scan.base_conf for node in nodes(message) if kind(node) == "parquet_scan")
+    scan.ClearField("projection_exprs")
+    scan.projection.append(1)
+
+    with pytest.raises(InvalidPlan, match="parquet_scan is of an older DataFusion"):
+        plan_module.parse(message.SerializeToString())

@@ -156,6 +156,7 @@ async def test_health_and_reflection_are_served() -> None:
         (["--session-builder", "nobody:build"], "there is no module 'nobody'"),
         (["--session-builder", "user:missing"], "user has no attribute 'missing'"),
         (["--session-builder", "user:number"], "5 is no session builder"),
+        (["--session-builder", "user:two"], "it must take a WorkerQueryContext, and that alone"),
         (["--session-builder", "broken:build"], "importing broken failed with ZeroDivisionError"),
         (["--session-builder", "needy:build"], "needy needs 'not_installed', which is missing"),
         (["--idle-time", "never"], "--idle-time (WORKER_IDLE_TIME)"),
@@ -166,7 +167,7 @@ async def test_health_and_reflection_are_served() -> None:
 async def test_what_is_wrong_with_an_option_is_said_before_the_port_opens(
     arguments: list[str], message: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "user.py").write_text("number = 5\n")
+    (tmp_path / "user.py").write_text("number = 5\nasync def two(ctx, other): ...\n")
     (tmp_path / "broken.py").write_text("1 / 0\n")
     (tmp_path / "needy.py").write_text("import not_installed\n")
 
@@ -193,3 +194,11 @@ async def test_the_session_builder_of_the_command_line_makes_the_sessions(tmp_pa
         with pytest.raises(grpc.aio.AioRpcError, match="not you, Ada") as denied:
             await anext(client.execute(plan, 0))
         assert denied.value.code() is grpc.StatusCode.PERMISSION_DENIED
+
+
+async def test_a_variable_that_is_no_setting_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKER_IDLETIME", "5")
+    async with process() as (running, _):
+        running.terminate()
+        assert running.stderr is not None
+        assert b"there is no setting for the variable WORKER_IDLETIME" in await running.stderr.read()

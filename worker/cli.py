@@ -20,6 +20,8 @@ from worker.server import Server
 from worker.service import Worker
 from worker.session import SessionBuilder
 
+logger = logging.getLogger("worker")
+
 PROGRAM = "python -m worker"
 
 
@@ -27,9 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs a worker until it is told to stop, and ends the process."""
     try:
         settings = Settings(**vars(_parser().parse_args(arguments)))
-        logging.basicConfig(
-            level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
-        )
+        # DataFusion and gRPC log through Python too, and what they say at a lower level holds plans.
+        logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+        logger.setLevel(settings.log_level.upper())
+        for name in sorted(_unknown_variables()):
+            logger.warning("there is no setting for the variable %s", name)
         builder = load_session_builder(settings.session_builder) if settings.session_builder else None
         keep_freed_memory()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -37,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except ValidationError as error:
         fail("; ".join(f"{_names(problem['loc'])}: {problem['msg']}" for problem in error.errors()))
     except (ImportFailed, OSError) as error:
-        logging.getLogger("worker").debug("cannot start", exc_info=error)
+        logger.debug("cannot start", exc_info=error)
         fail(str(error))
     end(0)
 
@@ -100,6 +104,12 @@ def _parser() -> argparse.ArgumentParser:
         )
     parser.add_argument("--version", action="version", version=version("datafusion-flight-worker"))
     return parser
+
+
+def _unknown_variables() -> set[str]:
+    """Variables that look like settings, and are none: misspelt, most likely."""
+    known = {f"WORKER_{name.upper()}" for name in Settings.model_fields}
+    return {name for name in os.environ if name.startswith("WORKER_") and name not in known}
 
 
 def _option(name: str) -> str:

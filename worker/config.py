@@ -2,12 +2,15 @@
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
-from pydantic import ByteSize, DirectoryPath, Field
+from pydantic import BeforeValidator, ByteSize, DirectoryPath, Field, TypeAdapter
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MEBIBYTE = 1 << 20
+
+# A number of bytes, which text may give in units too, such as "64MiB".
+Bytes: TypeAlias = Annotated[int, BeforeValidator(TypeAdapter(ByteSize).validate_python)]
 
 
 def usable_memory() -> int:
@@ -41,7 +44,7 @@ class Settings(BaseSettings):
         description="this worker's own URI for the endpoints of GetFlightInfo, such as grpc://worker-3:8000; "
         "without it, clients come back on the connection they have",
     )
-    memory_limit: ByteSize = Field(
+    memory_limit: Bytes = Field(
         default_factory=lambda: ByteSize(usable_memory() // 2),
         gt=0,
         description="DataFusion's memory pool for one task, beyond which it spills or fails, such as 4GiB; "
@@ -51,12 +54,12 @@ class Settings(BaseSettings):
         default=None,
         description="an existing folder that DataFusion spills to; the system's temporary folder unless set",
     )
-    max_ticket_size: ByteSize = Field(
+    max_ticket_size: Bytes = Field(
         default=ByteSize(64 * MEBIBYTE),
         gt=0,
         description="the largest request that is read, tickets with their plans above all",
     )
-    max_flight_info_size: ByteSize = Field(
+    max_flight_info_size: Bytes = Field(
         default=ByteSize(16 * MEBIBYTE),
         gt=0,
         description="the largest answer of GetFlightInfo, which holds the plan once for every partition",

@@ -24,19 +24,18 @@ _COLLECT_LEFT = plan_proto.PARTITION_MODES["COLLECT_LEFT"]
 _PARTITIONED = plan_proto.PARTITION_MODES["PARTITIONED"]
 
 
-def with_independent_partitions(session: SessionContext, plan_bytes: bytes) -> bytes:
-    """The plan, with as many partitions, each of which has the same rows however the others are executed.
+def make_partitions_independent(session: SessionContext, message: Message) -> bool:
+    """Rewrites a plan so that each of its partitions has the same rows however the others are executed.
 
-    Blocks for 0.1 ms, and for some more when there is something to rewrite.
+    The number of partitions stays. Blocks for some milliseconds if there is something to rewrite, which it returns.
 
     Raises:
         InvalidPlan, EnginePanicked: as ``plan.decode``.
     """
-    message = plan_proto.parse(plan_bytes)
     joins = list(_joins_over_partitions(message))
     for join in joins:
         _separate(session, join)
-    return message.SerializeToString() if joins else plan_bytes
+    return bool(joins)
 
 
 def _joins_over_partitions(node: Message) -> Iterator[Message]:

@@ -45,7 +45,9 @@ class Server:
         try:
             port = self._server.add_insecure_port(f"{host}:{self._settings.port}")
         except RuntimeError as error:
-            raise OSError(f"cannot listen on {host}:{self._settings.port}: is the port taken?") from error
+            raise OSError(
+                f"cannot listen on {host}:{self._settings.port}: the port is taken, or the address not this machine's"
+            ) from error
         await self._server.start()
         await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         self.address = f"{host}:{port}"

@@ -194,6 +194,14 @@ class SessionBuilder:
                 f"{builder!r} is no session builder: a function of a WorkerQueryContext, "
                 "or an object with build_session_state, is right"
             )
+        try:
+            inspect.signature(build).bind(None)
+        except ValueError:
+            pass  # a callable of compiled code may not say what it takes
+        except TypeError as error:
+            raise TypeError(
+                f"{builder!r} is no session builder: it must take a WorkerQueryContext, and that alone"
+            ) from error
         self._build: SessionBuilderFunction = build
 
     async def build_session_state(self, ctx: WorkerQueryContext) -> SessionContext:

@@ -12,7 +12,7 @@ from datafusion import ExecutionPlan, RecordBatchStream, SessionContext
 
 from worker import plan
 from worker.errors import PartitionOutOfRange, StageKeyConflict
-from worker.partitionwise import with_independent_partitions
+from worker.partitionwise import make_partitions_independent
 from worker.session import apply_partition_wise_options
 from worker.ticket import PlanTicket
 
@@ -318,7 +318,9 @@ def _prepare(
     if not python_udf_inlining:
         plan_bytes = plan.without_python_udfs(plan_bytes)
     session = session.with_python_udf_inlining(enabled=python_udf_inlining)
-    plan_bytes = with_independent_partitions(session, plan_bytes)
+    message = plan.parse(plan_bytes)
+    if make_partitions_independent(session, message):
+        plan_bytes = message.SerializeToString()
     return session, plan_bytes, plan.decode(session, plan_bytes)
 
 

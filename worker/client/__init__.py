@@ -43,7 +43,7 @@ class WorkerClient:
         """
         scheme = next((scheme for scheme in _SCHEMES if url.startswith(scheme)), None)
         if scheme is None:
-            raise ValueError(f"{url!r} is no worker's address: 'grpc://host:port' is right")
+            raise ValueError(f"{url!r} is no worker's address: 'grpc://host:port' is right (there is no TLS here yet)")
         self._headers = _pairs(headers)
         self._channel = grpc.aio.insecure_channel(url.removeprefix(scheme).rstrip("/"), options=_OPTIONS)
         self._stub = Flight_pb2_grpc.FlightServiceStub(self._channel)

@@ -12,7 +12,7 @@ import grpc
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
-from datafusion import ExecutionPlan, SessionConfig, SessionContext
+from datafusion import ExecutionPlan, SessionConfig, SessionContext, SQLOptions
 
 from worker.client import WorkerClient
 
@@ -81,9 +81,11 @@ def _plan(tables: list[tuple[str, str]], sql: str, target_partitions: int | None
     try:
         for name, path in tables:
             _READERS[Path(path).suffix](session)(name, path)
-        return session.sql(sql).execution_plan()
+        # Nothing is to be done here but planning.
+        only_queries = SQLOptions().with_allow_ddl(False).with_allow_dml(False).with_allow_statements(False)
+        return session.sql_with_options(sql, only_queries).execution_plan()
     except Exception as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(str(error).partition("\nThis issue was likely")[0]) from error
 
 
 def _lines(table: pa.Table) -> Iterator[str]:
@@ -93,7 +95,7 @@ def _lines(table: pa.Table) -> Iterator[str]:
         for kind in table.schema.types
     ]
     columns = [
-        [name, *("" if value is None else str(value) for value in column.to_pylist())]
+        [name, *("NULL" if value is None else str(value) for value in column.to_pylist())]
         for name, column in zip(table.schema.names, table.columns, strict=True)
     ]
     widths = [max(map(len, column)) for column in columns]
@@ -120,7 +122,8 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         type=_table,
         metavar="NAME=PATH",
-        help=f"a table and its file, which the worker must find under the same path: {', '.join(_READERS)}; repeatable",
+        help="a table and its file, which is read here for planning, and by the worker under the same path: "
+        f"{', '.join(_READERS)}; repeatable",
     )
     parser.add_argument(
         "--header", action="append", default=[], type=_header, metavar="NAME=VALUE", help="sent along; repeatable"
@@ -128,7 +131,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=_output, metavar="FILE", help=f"where the rows go instead of the screen: {', '.join(_WRITERS)}"
     )
-    parser.add_argument("--target-partitions", type=int, metavar="N", help="partitions to plan for (default: cores)")
+    parser.add_argument(
+        "--target-partitions", type=_positive, metavar="N", help="partitions to plan for (default: cores)"
+    )
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="for every request")
     parser.add_argument("sql", help="the query")
     return parser
@@ -149,7 +154,15 @@ def _table(text: str) -> tuple[str, str]:
     name, path = _pair(text, "name=path")
     if Path(path).suffix not in _READERS:
         raise argparse.ArgumentTypeError(f"{path!r} does not end in one of {', '.join(_READERS)}")
-    return name, path if "://" in path else str(Path(path).resolve())
+    if "://" in path:
+        raise argparse.ArgumentTypeError(f"{path!r} is not a file of this machine, which planning reads too")
+    return name, str(Path(path).resolve())
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
+    return int(text)
 
 
 def _output(text: str) -> Path:
