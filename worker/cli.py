@@ -38,12 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         keep_freed_memory()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(_serve(settings, builder))
+            # Not after the runner's own end, which waits for whatever a session builder still hangs in.
+            end(0)
     except ValidationError as error:
         fail("; ".join(f"{_names(problem['loc'])}: {problem['msg']}" for problem in error.errors()))
     except (ImportFailed, OSError) as error:
         logger.debug("cannot start", exc_info=error)
         fail(str(error))
-    end(0)
 
 
 def fail(reason: str) -> NoReturn:

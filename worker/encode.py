@@ -7,6 +7,24 @@ import pyarrow as pa
 from worker.errors import ExecutionFailed
 from worker.message import LENGTH, PREFIX_BYTES, Bytes, HeaderType, Message, body_length, header_type
 
+_PLAIN_TYPES = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+
+# What is joined and sent at once, and so keeps the event loop busy for a millisecond or two. DataFusion's batches of
+# 8192 rows are larger only if their rows are of more than a kilobyte.
+LARGE_MESSAGE = 8 << 20
+
+# Protobuf's limit for a message, less what else is in a ``FlightData``.
+LARGEST_MESSAGE = (2 << 30) - (1 << 20)
+
+# Halves that together are so much larger than the whole share what cannot be divided, such as views in lists.
+SHARED_BY_HALVES = 1.5
+
+# Views up to 12 bytes are in the view itself; below so many bytes a row there is not much that could be left out.
+VIEW_DATA_PER_ROW = 32
+
+# Compacting copies what is seen: worth it when at least as much is not.
+UNSEEN_PER_SEEN = 2
+
 
 class Encoder:
     """Encodes the batches of one stream, a dictionary ahead of the first batch that needs it.
@@ -35,15 +53,56 @@ class Encoder:
         """
         if not batch.schema.equals(self._schema):
             batch = self._conform(batch)
+        batch = _without_unseen_data(batch)
+        return self._divided(batch, self._write(batch))
+
+    def _write(self, batch: pa.RecordBatch) -> list[Message]:
         self._writer.write_batch(batch)
         # The writer starts with the schema when the first batch comes; ``schema`` has said it already.
         return [message for message in _messages(self._sink.take()) if header_type(message.header) != HeaderType.SCHEMA]
+
+    def _divided(self, batch: pa.RecordBatch, messages: list[Message]) -> list[Message]:
+        """The messages of a batch that was written, those of its halves instead where it is too large."""
+        *dictionaries, whole = messages
+        if (size := whole.size) <= LARGE_MESSAGE:
+            return messages
+        if batch.num_rows > 1:
+            middle = batch.num_rows // 2
+            halves = [_without_unseen_data(half) for half in (batch.slice(0, middle), batch.slice(middle))]
+            # Writing costs next to nothing, since it does not copy, and slices have the dictionaries of their batch.
+            written = [self._write(half) for half in halves]
+            if sum(half[-1].size for half in written) < SHARED_BY_HALVES * size:
+                first, second = (self._divided(half, done) for half, done in zip(halves, written, strict=True))
+                return [*dictionaries, *first, *second]
+        if any(message.size > LARGEST_MESSAGE for message in messages):
+            raise ExecutionFailed(
+                f"a batch of {batch.num_rows} rows is a message of {size} bytes; gRPC carries {LARGEST_MESSAGE}"
+            )
+        return messages
 
     def _conform(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         # Some operators pass on batches that differ from the plan's schema in what their fields say of nulls.
         if batch.schema.types != self._schema.types:
             raise ExecutionFailed(f"a batch has columns of {batch.schema.types}, those before of {self._schema.types}")
         return pa.RecordBatch.from_arrays(batch.columns, schema=self._schema)
+
+
+def _without_unseen_data(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch, views compacted whose buffers hold much that the batch does not show.
+
+    Views that were sorted, joined or filtered by DataFusion share the buffers of all that they were taken from: a sort
+    of 26 MB of strings would send 4.7 GB.
+    """
+    for index, column in enumerate(batch.columns):
+        plain_type = _PLAIN_TYPES.get(column.type)
+        if plain_type is None:
+            continue
+        data = sum(buffer.size for buffer in column.buffers()[2:])
+        if data > VIEW_DATA_PER_ROW * len(column):
+            plain = column.cast(plain_type)
+            if data >= UNSEEN_PER_SEEN * plain.nbytes:
+                batch = batch.set_column(index, batch.schema.field(index), plain.cast(column.type))
+    return batch
 
 
 class _Sink:

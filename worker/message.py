@@ -39,6 +39,11 @@ class Message(NamedTuple):
     body: list[Bytes]
     """Buffers of the batch itself, and padding; to be joined before the batch is let go."""
 
+    @property
+    def size(self) -> int:
+        """Bytes of both."""
+        return len(self.header) + sum(map(len, self.body))
+
 
 def header_type(header: bytes) -> int:
     """Which ``HeaderType`` a message has, by its metadata; other numbers are of kinds that Flight does not carry."""

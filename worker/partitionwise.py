@@ -32,30 +32,44 @@ def make_partitions_independent(session: SessionContext, message: Message) -> bo
     Raises:
         InvalidPlan, EnginePanicked: as ``plan.decode``.
     """
-    joins = list(_joins_over_partitions(message))
-    for join in joins:
-        _separate(session, join)
+    joins = list(_joins_over_partitions(message, ()))
+    for join, subqueries in joins:
+        _separate(session, join, subqueries)
     return bool(joins)
 
 
-def _joins_over_partitions(node: Message) -> Iterator[Message]:
+def _joins_over_partitions(
+    node: Message, subqueries: tuple[Message, ...]
+) -> Iterator[tuple[Message, tuple[Message, ...]]]:
+    """The joins to be rewritten, each with the ``scalar_subquery`` nodes around it that it may refer to."""
     match plan_proto.kind(node):
         case exchange if exchange in _EXCHANGES:
             return
         case "hash_join" if (
             node.hash_join.partition_mode == _COLLECT_LEFT and node.hash_join.join_type in _GIVES_LEFT_ROWS
         ):
-            yield node
+            yield node, subqueries
         case "nested_loop_join" if node.nested_loop_join.join_type in _GIVES_LEFT_ROWS:
-            yield node
+            yield node, subqueries
+        case "scalar_subquery":
+            yield from _joins_over_partitions(node.scalar_subquery.input, (*subqueries, node))
         case _:
             for child in plan_proto.children(node):
-                yield from _joins_over_partitions(child)
+                yield from _joins_over_partitions(child, subqueries)
 
 
-def _separate(session: SessionContext, node: Message) -> None:
+def _partition_count(session: SessionContext, node: Message, subqueries: tuple[Message, ...]) -> int:
+    for subquery in reversed(subqueries):
+        around = PhysicalPlanNode()
+        around.CopyFrom(subquery)
+        around.scalar_subquery.input.CopyFrom(node)
+        node = around
+    return plan.decode(session, node.SerializeToString()).partition_count
+
+
+def _separate(session: SessionContext, node: Message, subqueries: tuple[Message, ...]) -> None:
     join = getattr(node, plan_proto.kind(node) or "")
-    partitions = plan.decode(session, join.right.SerializeToString()).partition_count
+    partitions = _partition_count(session, join.right, subqueries)
     if partitions == 1:
         return
     if plan_proto.kind(node) == "hash_join" and not join.null_aware:

@@ -1,8 +1,11 @@
 """The session of a request: what the user's builder gets, what it may be, and what the worker needs of it."""
 
 import asyncio
+import contextvars
+import functools
 import inspect
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeAlias
@@ -23,6 +26,9 @@ PARTITION_WISE_OPTIONS: Mapping[str, str] = {
     # A CollectLeft join waits until every partition has reported its filter: reading only some of them hangs.
     "datafusion.optimizer.enable_dynamic_filter_pushdown": "false",
 }
+
+# Synchronous session builders may wait for other services; those of so many requests do so at the same time.
+BUILDER_THREADS = 64
 
 
 class SessionStateBuilder:
@@ -203,6 +209,8 @@ class SessionBuilder:
                 f"{builder!r} is no session builder: it must take a WorkerQueryContext, and that alone"
             ) from error
         self._build: SessionBuilderFunction = build
+        # Threads start when they are needed, and only synchronous functions need any.
+        self._threads = ThreadPoolExecutor(BUILDER_THREADS, thread_name_prefix="worker-session")
 
     async def build_session_state(self, ctx: WorkerQueryContext) -> SessionContext:
         """Awaits the builder.
@@ -212,7 +220,7 @@ class SessionBuilder:
             SessionBuilderFailed: it raised anything else, or did not return a session.
         """
         try:
-            session = await _call(self._build, ctx)
+            session = await self._call(self._build, ctx)
         except WorkerError:
             raise
         except BaseException as error:
@@ -233,10 +241,18 @@ class SessionBuilder:
         """A builder that hands the session of this one to ``change`` and answers with what comes back."""
 
         async def build_and_change(ctx: WorkerQueryContext) -> SessionContext:
-            changed: SessionContext = await _call(change, await self.build_session_state(ctx))
+            changed: SessionContext = await self._call(change, await self.build_session_state(ctx))
             return changed
 
         return SessionBuilder(build_and_change)
+
+    async def _call(self, function: Callable[[Any], Any], argument: Any) -> Any:
+        """The result of a function that may be asynchronous; a synchronous one runs in a thread."""
+        if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+            return await function(argument)
+        call = functools.partial(contextvars.copy_context().run, _without_stop_iteration, function, argument)
+        result = await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        return await result if inspect.isawaitable(result) else result
 
 
 class DefaultSessionBuilder(SessionBuilder):
@@ -261,14 +277,6 @@ def _only_error(error: BaseException) -> BaseException:
 
 async def _build_default(ctx: WorkerQueryContext) -> SessionContext:
     return ctx.builder.build()
-
-
-async def _call(function: Callable[[Any], Any], argument: Any) -> Any:
-    """The result of a function that may be asynchronous; a synchronous one runs in a thread."""
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
-        return await function(argument)
-    result = await asyncio.to_thread(_without_stop_iteration, function, argument)
-    return await result if inspect.isawaitable(result) else result
 
 
 def _without_stop_iteration(function: Callable[[Any], Any], argument: Any) -> Any:

@@ -1,7 +1,7 @@
 """Tasks: one instance of a plan each, found by who asks and by stage key, and the streams of their partitions."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import pyarrow as pa
 from datafusion import ExecutionPlan, RecordBatchStream, SessionContext
 
 from worker import plan
-from worker.errors import PartitionOutOfRange, StageKeyConflict
+from worker.errors import PartitionOutOfRange, StageKeyConflict, Unavailable
 from worker.partitionwise import make_partitions_independent
 from worker.session import apply_partition_wise_options
 from worker.ticket import PlanTicket
@@ -44,25 +44,33 @@ class PartitionStream:
         # The inner stream: its ``__anext__`` is a future that runs already, the outer one's a coroutine to be awaited.
         self._stream = stream.rbs
         self._next: asyncio.Future[Any] = self._stream.__anext__()
+        self._closed = False
 
     async def read(self) -> pa.RecordBatch | None:
         """The next batch, None after the last.
 
         Raises:
             ExecutionFailed, ResourcesExhausted, EnginePanicked: DataFusion failed.
+            Unavailable: the stream was closed.
         """
         try:
             with plan.execution_errors():
                 batch = await self._next
-                self._next = self._stream.__anext__()
         except StopAsyncIteration:
             return None
+        except asyncio.CancelledError:
+            if not self._closed:
+                raise
+        if self._closed:
+            raise Unavailable("the worker was closed")
+        self._next = self._stream.__anext__()
         return batch.to_pyarrow()
 
     def close(self) -> None:
         """Stops DataFusion's work on this partition, unless it has ended."""
+        self._closed = True
         _let_go(self._next)
-        del self._stream, self._next
+        self._stream = None
 
 
 class Task:
@@ -76,7 +84,6 @@ class Task:
         self._unasked = set(range(instance.partition_count))
         self._executed: set[int] = set()
         self._schema: asyncio.Task[pa.Schema] | None = None
-        self._buffers_for_all = _buffers_for_all(instance)
         self.partition_count: int = instance.partition_count
 
     @property
@@ -90,7 +97,7 @@ class Task:
         Raises:
             InvalidPlan, ExecutionFailed, EnginePanicked: as ``plan.schema_of``.
         """
-        if self._schema is None:
+        if self._schema is None or (self._schema.done() and (self._schema.cancelled() or self._schema.exception())):
             finding_out = self._tasks.in_thread(plan.schema_of, self._session, self._plan)
             self._schema = self._tasks.in_background(finding_out)
         return await asyncio.shield(self._schema)
@@ -113,7 +120,7 @@ class Task:
             instance, alone = await self._tasks.decode(self._session, self._plan), True
         self._unasked.discard(partition)
         self._executed.add(partition)
-        if alone:
+        if alone and self.partition_count > 1:
             self._abandon(instance, set(range(self.partition_count)) - {partition})
         execution = asyncio.ensure_future(self._tasks.in_thread(self._session.execute, instance, partition))
         try:
@@ -127,16 +134,17 @@ class Task:
         """Says that who asked for this partition went away before it was executed."""
         if partition in self._unasked:
             self._unasked.discard(partition)
-            if self._buffers_for_all:
-                self._executed.add(partition)
-                self._abandon(self._instance, {partition})
+            self._executed.add(partition)
+            self._abandon(self._instance, {partition})
 
     def _abandon(self, instance: ExecutionPlan, partitions: set[int]) -> None:
-        if self._buffers_for_all:
-            executions = [
-                asyncio.ensure_future(self._tasks.in_thread(self._session.execute, instance, partition))
-                for partition in partitions
-            ]
+        executions = [
+            asyncio.ensure_future(self._tasks.in_thread(self._session.execute, exchange, partition - first))
+            for exchange, first in _repartitions(instance)
+            for partition in partitions
+            if 0 <= partition - first < exchange.partition_count
+        ]
+        if executions:
             self._tasks.in_background(_drop_unread(executions))
 
 
@@ -152,13 +160,13 @@ class Tasks:
         self._entries: dict[Hashable, _Entry] = {}
         self._background: set[asyncio.Task[Any]] = set()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="worker-plan")
-        self._streams = 0
+        self._streams: set[PartitionStream] = set()
         self._plans_decoded = 0
         self._partitions_executed = 0
 
     def statistics(self) -> TaskStatistics:
         """What is held now and was done so far."""
-        return TaskStatistics(len(self._entries), self._streams, self._plans_decoded, self._partitions_executed)
+        return TaskStatistics(len(self._entries), len(self._streams), self._plans_decoded, self._partitions_executed)
 
     @asynccontextmanager
     async def task(
@@ -198,12 +206,12 @@ class Tasks:
                 self.in_background(self._give_up(entry, ticket.partition))
                 raise
             stream = await task.execute(ticket.partition, alone=ticket.stage_key is None)
-            self._streams += 1
+            self._streams.add(stream)
             self._partitions_executed += 1
             try:
                 yield task, stream
             finally:
-                self._streams -= 1
+                self._streams.discard(stream)
                 stream.close()
         finally:
             self._leave(entry)
@@ -228,6 +236,8 @@ class Tasks:
         """Ends everything. Streams that are still open end with an error."""
         for entry in list(self._entries.values()):
             self._forget(entry)
+        for stream in self._streams:
+            stream.close()
         while self._background:
             for running in self._background:
                 running.cancel()
@@ -324,9 +334,23 @@ def _prepare(
     return session, plan_bytes, plan.decode(session, plan_bytes)
 
 
-def _buffers_for_all(instance: ExecutionPlan) -> bool:
-    """Whether partitions that are not read are buffered for: a RepartitionExec sends to all of them, come what may."""
-    return instance.partition_count > 1 and "RepartitionExec" in instance.display_indent()
+def _repartitions(node: ExecutionPlan, first: int = 0) -> Iterator[tuple[ExecutionPlan, int]]:
+    """The nodes whose partitions go through to those of the root, and which of those their partition 0 goes to.
+
+    Only those that buffer: a ``RepartitionExec`` sends to all its partitions, read or not.
+    """
+    name = node.display().partition(":")[0]
+    if name == "RepartitionExec":
+        yield node, first
+    elif name == "UnionExec":
+        for child in node.children():
+            yield from _repartitions(child, first)
+            first += child.partition_count
+    elif name not in {"CoalescePartitionsExec", "SortPreservingMergeExec"}:
+        for child in node.children():
+            # An input with another number of partitions is one that the node collects.
+            if child.partition_count == node.partition_count:
+                yield from _repartitions(child, first)
 
 
 def _let_go(read: "asyncio.Future[Any]") -> None:
@@ -337,15 +361,15 @@ def _let_go(read: "asyncio.Future[Any]") -> None:
 
 async def _drop_unread(executions: "Sequence[asyncio.Future[RecordBatchStream]]") -> None:
     """Drops streams that nobody will read, so that nothing is kept for them."""
-    if not executions:
-        return
     await asyncio.wait(executions)
     reads: list[asyncio.Future[Any]] = [
         execution.result().rbs.__anext__()
         for execution in executions
         if not execution.cancelled() and execution.exception() is None
     ]
-    if reads:
-        await asyncio.wait(reads, timeout=ABANDON_SECONDS)
-    for read in reads:
-        _let_go(read)
+    try:
+        if reads:
+            await asyncio.wait(reads, timeout=ABANDON_SECONDS)
+    finally:
+        for read in reads:
+            _let_go(read)
