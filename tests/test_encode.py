@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from worker import ExecutionFailed
-from worker.encode import Encoder
+from worker.encode import LARGE_MESSAGE, Encoder
 from worker.message import HeaderType, Message, body_length, header_type
 
 WORDS = pa.array(["alpha", "beta", None, "gamma", "a string that is too long to stand inside of a view"])
@@ -255,3 +255,51 @@ def test_an_encoder_keeps_nothing_of_what_it_has_encoded() -> None:
     for _ in range(10):
         encoder.encode(pa.RecordBatch.from_arrays([pa.array(range(100_000), pa.int64())], schema=batch.schema))
     assert pa.total_allocated_bytes() - before < 100_000
+
+
+def test_views_are_sent_without_what_the_batch_does_not_show() -> None:
+    words = pa.array([f"a string too long to stand inside of a view, number {number}" for number in range(10_000)])
+    for view, plain in ((pa.string_view(), words), (pa.binary_view(), words.cast(pa.binary()))):
+        batch = _batch(name=pa.array(range(10_000)), view=plain.cast(view))
+        few = batch.slice(9_000, 3)
+
+        schema, message = _messages(Encoder(batch.schema), [few])
+
+        assert message.size < 2_000
+        assert _decode([schema, message]).to_batches() == [few]
+        assert _decode([schema, message]).schema == batch.schema
+
+
+def test_views_that_show_most_of_their_data_are_not_copied() -> None:
+    words = pa.array([f"a string too long to stand inside of a view, number {number}" for number in range(1_000)])
+    batch = _batch(view=words.cast(pa.string_view()))
+    (message,) = Encoder(batch.schema).encode(batch)
+    assert {buffer.address for buffer in batch["view"].buffers()[1:]} <= {
+        part.address for part in message.body if isinstance(part, pa.Buffer)
+    }
+
+
+def test_a_large_batch_is_divided_and_its_dictionary_sent_once() -> None:
+    rows = 5 * LARGE_MESSAGE // 8
+    batch = _batch(
+        number=pa.array(range(rows), pa.int64()),
+        word=pa.DictionaryArray.from_arrays(
+            pa.array([number % 3 for number in range(rows)], pa.int8()), ["a", "b", "c"]
+        ),
+    )
+    messages = _messages(Encoder(batch.schema), [batch])
+
+    assert max(message.size for message in messages) <= LARGE_MESSAGE
+    assert _kinds(messages)[:2] == [HeaderType.SCHEMA, HeaderType.DICTIONARY_BATCH]
+    assert set(_kinds(messages)[2:]) == {HeaderType.RECORD_BATCH}
+    assert _decode(messages).combine_chunks() == pa.Table.from_batches([batch])
+
+
+def test_a_row_that_is_large_itself_and_what_halves_would_share_are_sent_whole() -> None:
+    large = "x" * (LARGE_MESSAGE + 1)
+    in_lists = pa.ListArray.from_arrays([0, 1, 2], pa.array([large, large]).cast(pa.string_view()))
+    for column, count in ((pa.array([large, "y", large]), 3), (in_lists, 1)):
+        batch = _batch(column=column)
+        messages = Encoder(batch.schema).encode(batch)
+        assert len(messages) == count
+        assert _round_trip(batch).combine_chunks() == pa.Table.from_batches([batch])

@@ -4,6 +4,8 @@ import asyncio
 import gc
 import os
 import random
+import threading
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 from datafusion import SessionConfig, SessionContext, col
 from support import until
 
-from worker import Settings, StageKey, Statistics, plan_ticket
+from worker import Settings, StageKey, Statistics, WorkerQueryContext, plan_ticket
 from worker.client import WorkerClient
 from worker.proto.Flight_pb2 import Ticket
 from worker.proto.Flight_pb2_grpc import FlightServiceStub
@@ -100,6 +102,44 @@ async def test_nothing_is_left_of_a_thousand_requests_cancelled_at_random_moment
         gc.collect()
         assert process.memory_info().rss < memory + 50 * MEGABYTE
     assert not [name for _, _, files in os.walk(tmp_path) for name in files]
+
+
+async def test_closing_a_worker_ends_its_streams_and_refuses_new_ones() -> None:
+    async with running_worker() as running, WorkerClient(running.url) as client:
+        async with aclosing(client.execute(rows_plan(50_000_000, 1), 0)) as batches:
+            await anext(batches)
+
+            await running.worker.close()
+
+            with pytest.raises(grpc.aio.AioRpcError, match="the worker was closed") as ended:
+                async for _ in batches:
+                    pass
+        with pytest.raises(grpc.aio.AioRpcError, match="the worker was closed") as refused:
+            await anext(client.execute(rows_plan(1, 1), 0))
+        assert ended.value.code() is refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        await until(lambda: held(running.worker.statistics()) == (0, 0, 0))
+
+
+async def test_slow_synchronous_builders_do_not_keep_others_from_theirs() -> None:
+    """As many as the threads of asyncio's own pool wait, until somebody else has been served."""
+    served = threading.Event()
+
+    def build_state(ctx: WorkerQueryContext) -> SessionContext:
+        if ctx.headers.get("x-wait"):
+            assert served.wait(20)
+        return ctx.builder.build()
+
+    plan = rows_plan(1, 1)
+    async with running_worker(build_state) as running, WorkerClient(running.url) as client:
+
+        async def rows(**headers: str) -> int:
+            return sum([batch.num_rows async for batch in client.execute(plan, 0, headers=headers)])
+
+        waiting = [asyncio.ensure_future(rows(**{"x-wait": "yes"})) for _ in range(40)]
+        await until(lambda: running.worker.statistics().requests == 40)
+        assert await asyncio.wait_for(rows(), 5) == 1
+        served.set()
+        assert await asyncio.gather(*waiting) == [1] * 40
 
 
 async def _drain(call: grpc.aio.UnaryStreamCall[Any, Any]) -> None:

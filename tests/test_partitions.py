@@ -34,6 +34,11 @@ QUERIES = {
     "left join": ("CollectLeft, join_type=Left,", "SELECT small.k, id FROM small LEFT JOIN big USING (k)"),
     "semi join": ("CollectLeft, join_type=LeftSemi", "SELECT * FROM small WHERE k IN (SELECT k FROM big)"),
     "anti join": ("CollectLeft, join_type=LeftAnti", "SELECT * FROM small WHERE k NOT IN (SELECT k FROM big)"),
+    "scalar subquery": (
+        "CollectLeft, join_type=Left,",
+        "SELECT small.k, id FROM small "
+        "LEFT JOIN (SELECT * FROM big WHERE id >= (SELECT min(k) FROM small)) b USING (k)",
+    ),
     "nested loop join": (
         "NestedLoopJoinExec: join_type=Left",
         "SELECT small.k, id FROM small LEFT JOIN big ON big.id < small.k * 2 AND small.k < 95",
@@ -263,6 +268,27 @@ def test_a_ticket_without_key_does_not_make_the_worker_buffer_the_other_partitio
             most = max(most, process.memory_info().rss)
     assert 0 < read < rows // 2
     assert most - before < limit
+
+
+def test_a_ticket_without_key_does_not_make_the_worker_buffer_what_a_join_would_probe_with() -> None:
+    """The other partitions wait for the side that the join builds from when they are dropped."""
+    options = {
+        "datafusion.optimizer.hash_join_single_partition_threshold": "0",
+        "datafusion.optimizer.hash_join_single_partition_threshold_rows": "0",
+    }
+    session = SessionContext(SessionConfig(options).with_target_partitions(PARTITIONS))
+    build = "SELECT value FROM range(0, 6000000) WHERE value % 3 <> 5"
+    query = f"SELECT a.value FROM ({build}) b JOIN range(0, 150000000) a ON a.value = b.value * 7"
+    plan = session.sql(query).execution_plan()
+    assert "mode=Partitioned" in plan.display_indent()
+    assert plan.partition_count == PARTITIONS
+    with worker_process() as (process, url), flight.connect(url) as client:
+        client.do_get(flight.Ticket(do_get(session.sql("SELECT 1").execution_plan().to_bytes()))).read_all()
+        before = process.memory_info().rss
+        most = 0
+        for _ in client.do_get(flight.Ticket(do_get(plan.to_bytes()))):
+            most = max(most, process.memory_info().rss)
+        assert most - before < 300 << 20
 
 
 def _mutated(sql: str, kind: str, change: Callable[[plan_proto.Message], object]) -> bytes:

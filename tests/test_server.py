@@ -14,7 +14,7 @@ import pytest
 from datafusion import SessionConfig, SessionContext
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from support import listening
+from support import listening, until
 
 from worker import plan_ticket
 from worker.client import WorkerClient
@@ -110,6 +110,38 @@ async def test_what_does_not_finish_within_the_grace_is_cancelled_and_the_proces
         with pytest.raises(grpc.aio.AioRpcError):
             async for _ in batches:
                 pass
+
+
+@pytest.mark.parametrize(
+    "builder",
+    [
+        "def build_state(ctx):\n    time.sleep(600)\n",
+        "async def build_state(ctx):\n"
+        "    while True:\n"
+        "        with contextlib.suppress(asyncio.CancelledError):\n"
+        "            await asyncio.sleep(600)\n",
+    ],
+    ids=["blocks", "swallows its cancellation"],
+)
+async def test_a_session_builder_that_hangs_does_not_keep_the_process_from_ending(builder: str, tmp_path: Path) -> None:
+    (tmp_path / "hanging.py").write_text(
+        f"import asyncio, contextlib, pathlib, time\n{builder}".replace(
+            "):\n", "):\n    pathlib.Path('called').touch()\n", 1
+        )
+    )
+    arguments = ("--grace", "0.2", "--session-builder", "hanging:build_state")
+    async with (
+        process(*arguments, folder=tmp_path) as (running, address),
+        WorkerClient(f"grpc://{address}") as client,
+    ):
+        waiting = asyncio.ensure_future(anext(client.execute(large_plan(), 0)))
+        await until((tmp_path / "called").exists)
+
+        running.send_signal(signal.SIGTERM)
+
+        assert await asyncio.wait_for(running.wait(), 10) == 0
+        with pytest.raises(grpc.aio.AioRpcError):
+            await waiting
 
 
 async def test_during_the_shutdown_delay_health_says_not_serving_and_requests_are_served() -> None:

@@ -157,6 +157,7 @@ class Tasks:
             idle_time: seconds after which a task that nobody uses is forgotten.
         """
         self._idle_time = idle_time
+        self._closed = False
         self._entries: dict[Hashable, _Entry] = {}
         self._background: set[asyncio.Task[Any]] = set()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="worker-plan")
@@ -233,7 +234,8 @@ class Tasks:
         return running
 
     async def close(self) -> None:
-        """Ends everything. Streams that are still open end with an error."""
+        """Ends everything. Streams that are still open, and requests that come now, end with ``Unavailable``."""
+        self._closed = True
         for entry in list(self._entries.values()):
             self._forget(entry)
         for stream in self._streams:
@@ -247,6 +249,8 @@ class Tasks:
     def _enter(
         self, ticket: PlanTicket, principal: str, session: SessionContext, python_udf_inlining: bool
     ) -> "_Entry":
+        if self._closed:
+            raise Unavailable("the worker was closed")
         key: Hashable = object() if ticket.stage_key is None else (principal, ticket.stage_key)
         entry = self._entries.get(key)
         if entry is None:
@@ -337,10 +341,11 @@ def _prepare(
 def _repartitions(node: ExecutionPlan, first: int = 0) -> Iterator[tuple[ExecutionPlan, int]]:
     """The nodes whose partitions go through to those of the root, and which of those their partition 0 goes to.
 
-    Only those that buffer: a ``RepartitionExec`` sends to all its partitions, read or not.
+    Only those that buffer: a ``RepartitionExec`` sends to all its partitions, read or not. A ``ScalarSubqueryExec``
+    stands for those below it, which fail when they are executed before its subqueries are.
     """
     name = node.display().partition(":")[0]
-    if name == "RepartitionExec":
+    if name in {"RepartitionExec", "ScalarSubqueryExec"}:
         yield node, first
     elif name == "UnionExec":
         for child in node.children():
