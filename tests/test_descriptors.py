@@ -228,3 +228,13 @@ async def test_a_do_get_that_is_overridden_is_what_serves_with_both_registration
         table = await fetch_one(running, do_get(plan, 1))
         assert worker.messages == 2
     assert table["id"].to_pylist() == [1]
+
+
+async def test_a_ticket_beyond_the_limit_is_refused_and_one_up_to_it_is_read() -> None:
+    async with running_worker(settings=Settings(max_ticket_size=1 << 20)) as running, stub(running.address) as service:
+        for size, refused in (((1 << 20) - 100, False), (2 << 20, True)):
+            ticket = Flight_pb2.Ticket(ticket=do_get(b"\xff" * size))
+            code, details = await status(service.DoGet(ticket))
+            expected = grpc.StatusCode.RESOURCE_EXHAUSTED if refused else grpc.StatusCode.INVALID_ARGUMENT
+            assert code is expected, details
+        assert running.worker.statistics().requests == 0
