@@ -103,6 +103,7 @@ def test_code_and_command_line_go_before_the_environment(monkeypatch: pytest.Mon
         ("memory_limit", "0"),
         ("memory_limit", "plenty"),
         ("max_ticket_size", "0"),
+        ("max_ticket_size", "2GiB"),
         ("max_flight_info_size", "-1"),
         ("idle_time", "0"),
         ("idle_time", "inf"),

@@ -303,3 +303,39 @@ def test_a_row_that_is_large_itself_and_what_halves_would_share_are_sent_whole()
         messages = Encoder(batch.schema).encode(batch)
         assert len(messages) == count
         assert _round_trip(batch).combine_chunks() == pa.Table.from_batches([batch])
+
+
+def test_views_that_show_one_large_value_in_every_row_are_sent_as_they_are() -> None:
+    """Compacted, each row would have the value for itself."""
+    value = b"x" * 1_000_000
+    view = (len(value)).to_bytes(4, "little") + value[:4] + bytes(8)
+    buffers = [None, pa.py_buffer(view * 8192), pa.py_buffer(value)]
+    batch = _batch(view=pa.Array.from_buffers(pa.string_view(), 8192, buffers))
+    (message,) = Encoder(batch.schema).encode(batch)
+    assert message.size < 2_000_000
+
+
+class Unhashable(pa.ExtensionType):  # type: ignore[misc]
+    """As extension types are that say what they are equal to, and no more."""
+
+    def __init__(self) -> None:
+        super().__init__(pa.string_view(), "tests.unhashable")
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage: pa.DataType, serialized: bytes) -> "Unhashable":
+        return cls()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Unhashable)
+
+
+def test_a_column_of_an_extension_type_is_sent_whatever_its_class_lacks() -> None:
+    kind = Unhashable()
+    batch = _batch(column=pa.ExtensionArray.from_storage(kind, WORDS.cast(pa.string_view())))
+    with pytest.raises(TypeError):
+        hash(kind)
+    messages = _messages(Encoder(batch.schema), [batch])
+    assert _decode(messages)["column"].to_pylist() == WORDS.to_pylist()

@@ -57,6 +57,7 @@ class Settings(BaseSettings):
     max_ticket_size: Bytes = Field(
         default=ByteSize(64 * MEBIBYTE),
         gt=0,
+        le=2047 * MEBIBYTE,  # gRPC's limits are of 31 bits, and there is more in a request than its ticket
         description="the largest request that is read, tickets with their plans above all",
     )
     max_flight_info_size: Bytes = Field(

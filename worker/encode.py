@@ -7,8 +7,6 @@ import pyarrow as pa
 from worker.errors import ExecutionFailed
 from worker.message import LENGTH, PREFIX_BYTES, Bytes, HeaderType, Message, body_length, header_type
 
-_PLAIN_TYPES = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
-
 # What is joined and sent at once, and so keeps the event loop busy for a millisecond or two. DataFusion's batches of
 # 8192 rows are larger only if their rows are of more than a kilobyte.
 LARGE_MESSAGE = 8 << 20
@@ -19,7 +17,11 @@ LARGEST_MESSAGE = (2 << 30) - (1 << 20)
 # Halves that together are so much larger than the whole share what cannot be divided, such as views in lists.
 SHARED_BY_HALVES = 1.5
 
-# Views up to 12 bytes are in the view itself; below so many bytes a row there is not much that could be left out.
+# A view is a length and 12 bytes, of the value if it fits there, or else of where in the data it is.
+VIEW_INT32S = 4
+INLINE_BYTES = 12
+
+# With less data than so many bytes a row, there is not much that could be left out.
 VIEW_DATA_PER_ROW = 32
 
 # Compacting copies what is seen: worth it when at least as much is not.
@@ -49,12 +51,18 @@ class Encoder:
         """The messages of one batch: the dictionaries that it needs, if any, and the batch, last.
 
         Raises:
-            ExecutionFailed: its columns are not of the stream's types.
+            ExecutionFailed: its columns are not of the stream's types, or a row or a dictionary is larger than gRPC can
+                carry.
         """
         if not batch.schema.equals(self._schema):
             batch = self._conform(batch)
         batch = _without_unseen_data(batch)
-        return self._divided(batch, self._write(batch))
+        messages = self._divided(batch, self._write(batch))
+        for message in messages:
+            if message.size > LARGEST_MESSAGE:
+                kind = HeaderType(header_type(message.header)).name.lower().replace("_", " ")
+                raise ExecutionFailed(f"a {kind} is a message of {message.size} bytes, gRPC carries {LARGEST_MESSAGE}")
+        return messages
 
     def _write(self, batch: pa.RecordBatch) -> list[Message]:
         self._writer.write_batch(batch)
@@ -64,9 +72,8 @@ class Encoder:
     def _divided(self, batch: pa.RecordBatch, messages: list[Message]) -> list[Message]:
         """The messages of a batch that was written, those of its halves instead where it is too large."""
         *dictionaries, whole = messages
-        if (size := whole.size) <= LARGE_MESSAGE:
-            return messages
-        if batch.num_rows > 1:
+        size = whole.size
+        if size > LARGE_MESSAGE and batch.num_rows > 1:
             middle = batch.num_rows // 2
             halves = [_without_unseen_data(half) for half in (batch.slice(0, middle), batch.slice(middle))]
             # Writing costs next to nothing, since it does not copy, and slices have the dictionaries of their batch.
@@ -74,10 +81,6 @@ class Encoder:
             if sum(half[-1].size for half in written) < SHARED_BY_HALVES * size:
                 first, second = (self._divided(half, done) for half, done in zip(halves, written, strict=True))
                 return [*dictionaries, *first, *second]
-        if any(message.size > LARGEST_MESSAGE for message in messages):
-            raise ExecutionFailed(
-                f"a batch of {batch.num_rows} rows is a message of {size} bytes; gRPC carries {LARGEST_MESSAGE}"
-            )
         return messages
 
     def _conform(self, batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -93,16 +96,25 @@ def _without_unseen_data(batch: pa.RecordBatch) -> pa.RecordBatch:
     Views that were sorted, joined or filtered by DataFusion share the buffers of all that they were taken from: a sort
     of 26 MB of strings would send 4.7 GB.
     """
-    for index, column in enumerate(batch.columns):
-        plain_type = _PLAIN_TYPES.get(column.type)
-        if plain_type is None:
+    for index, field in enumerate(batch.schema):
+        if pa.types.is_string_view(field.type):
+            plain_type = pa.large_string()
+        elif pa.types.is_binary_view(field.type):
+            plain_type = pa.large_binary()
+        else:
             continue
+        column = batch.column(index)
         data = sum(buffer.size for buffer in column.buffers()[2:])
-        if data > VIEW_DATA_PER_ROW * len(column):
-            plain = column.cast(plain_type)
-            if data >= UNSEEN_PER_SEEN * plain.nbytes:
-                batch = batch.set_column(index, batch.schema.field(index), plain.cast(column.type))
+        if data > VIEW_DATA_PER_ROW * len(column) and data >= UNSEEN_PER_SEEN * _seen(column):
+            batch = batch.set_column(index, field, column.cast(plain_type).cast(field.type))
     return batch
+
+
+def _seen(column: pa.Array) -> int:
+    """How many bytes of data the views of a column show, those that several show counted for each."""
+    start, stop = VIEW_INT32S * column.offset, VIEW_INT32S * (column.offset + len(column))
+    lengths = memoryview(column.buffers()[1]).cast("i")[start:stop:VIEW_INT32S]
+    return sum(length for length in lengths.tolist() if length > INLINE_BYTES)
 
 
 class _Sink:
