@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import grpc
 import pyarrow as pa
+import pyarrow.compute as pc
+from datafusion.user_defined import Accumulator, WindowEvaluator
 from pyarrow import flight
 
 from worker.proto import Flight_pb2, Flight_pb2_grpc, plan_pb2
@@ -124,3 +126,30 @@ async def listening(*command: str, folder: Path | None = None) -> AsyncIterator[
         if running.returncode is None:
             running.kill()
         await running.communicate()
+
+
+class Sum(Accumulator):
+    """Adds up, and creates a file when its class is unpickled."""
+
+    def __init__(self, trap: object = None) -> None:
+        self.trap = trap
+        self.sum = 0
+
+    def update(self, *values: pa.Array) -> None:
+        self.sum += pc.sum(values[0]).as_py() or 0
+
+    def merge(self, states: list[pa.Array]) -> None:
+        self.update(states[0])
+
+    def state(self) -> list[pa.Scalar]:
+        return [pa.scalar(self.sum)]
+
+    def evaluate(self) -> pa.Scalar:
+        return pa.scalar(self.sum)
+
+
+class RowNumber(WindowEvaluator):
+    """Counts rows."""
+
+    def evaluate_all(self, values: list[pa.Array], num_rows: int) -> pa.Array:
+        return pa.array(range(1, num_rows + 1), pa.int64())

@@ -20,8 +20,7 @@ from datafusion import (
     udf,
     udwf,
 )
-from datafusion.user_defined import Accumulator, WindowEvaluator
-from support import Touch
+from support import RowNumber, Sum, Touch
 
 from worker import EnginePanicked, ExecutionFailed, InvalidPlan, ResourcesExhausted
 from worker import plan as plan_module
@@ -29,33 +28,6 @@ from worker.plan import PYTHON_UDF_PREFIX, decode, execution_errors, is_panic, s
 from worker.plan_proto import kind, nodes, parse
 
 INT = pa.int64()
-
-
-class Sum(Accumulator):
-    """Adds up, and creates a file when its class is unpickled."""
-
-    def __init__(self, trap: object = None) -> None:
-        self.trap = trap
-        self.sum = 0
-
-    def update(self, *values: pa.Array) -> None:
-        self.sum += pc.sum(values[0]).as_py() or 0
-
-    def merge(self, states: list[pa.Array]) -> None:
-        self.update(states[0])
-
-    def state(self) -> list[pa.Scalar]:
-        return [pa.scalar(self.sum)]
-
-    def evaluate(self) -> pa.Scalar:
-        return pa.scalar(self.sum)
-
-
-class RowNumber(WindowEvaluator):
-    """Counts rows."""
-
-    def evaluate_all(self, values: list[pa.Array], num_rows: int) -> pa.Array:
-        return pa.array(range(1, num_rows + 1), INT)
 
 
 def _scalar(trap: object) -> ScalarUDF:

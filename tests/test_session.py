@@ -15,7 +15,7 @@ import pytest
 import typing_examples
 from datafusion import SessionContext, udaf, udf, udwf
 from datafusion.object_store import LocalFileSystem
-from datafusion.user_defined import Accumulator, WindowEvaluator
+from support import RowNumber, Sum
 
 from worker import (
     DefaultSessionBuilder,
@@ -309,28 +309,6 @@ def test_every_with_changes_the_builder_and_returns_it() -> None:
     assert builder.with_python_udf_inlining() is builder
     assert builder.python_udf_inlining
     assert not builder.with_python_udf_inlining(False).python_udf_inlining
-
-
-class Sum(Accumulator):
-    def __init__(self) -> None:
-        self.sum = 0
-
-    def update(self, *values: pa.Array) -> None:
-        self.sum += pc.sum(values[0]).as_py() or 0
-
-    def merge(self, states: list[pa.Array]) -> None:
-        self.update(states[0])
-
-    def state(self) -> list[pa.Scalar]:
-        return [pa.scalar(self.sum)]
-
-    def evaluate(self) -> pa.Scalar:
-        return pa.scalar(self.sum)
-
-
-class RowNumber(WindowEvaluator):
-    def evaluate_all(self, values: list[pa.Array], num_rows: int) -> pa.Array:
-        return pa.array(range(1, num_rows + 1), INT)
 
 
 def test_functions_of_each_kind_are_found_by_name() -> None:

@@ -7,7 +7,7 @@ no partition has them; read in another order, another one has. Plans are rewritt
 function of the plan and the data alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from datafusion import SessionContext
 
@@ -79,24 +79,17 @@ def _separate(session: SessionContext, node: Message, subqueries: tuple[Message,
         _repartition(join.right, [on.right for on in join.on], partitions)
     else:
         # There is no such way: the first partition has all rows, and the others those of a copy that has none.
-        _wrap(join.right, lambda wrapper: wrapper.merge.input)
+        plan_proto.wrap(join.right, lambda wrapper: wrapper.merge.input)
         nothing = PhysicalPlanNode()
         nothing.repartition.partitioning.round_robin = partitions - 1
         nothing.repartition.input.merge.input.CopyFrom(node)
         nothing.repartition.input.merge.fetch = 0
         plan.empty_leaves(nothing)
-        _wrap(node, lambda wrapper: wrapper.union.inputs.add())
+        plan_proto.wrap(node, lambda wrapper: wrapper.union.inputs.add())
         node.union.inputs.add().CopyFrom(nothing)
 
 
 def _repartition(node: Message, expressions: list[Message], partitions: int) -> None:
-    _wrap(node, lambda wrapper: wrapper.repartition.input)
+    plan_proto.wrap(node, lambda wrapper: wrapper.repartition.input)
     node.repartition.partitioning.hash.partition_count = partitions
     node.repartition.partitioning.hash.hash_expr.extend(expressions)
-
-
-def _wrap(node: Message, place: Callable[[Message], Message]) -> None:
-    """Puts a new node in the place of one that becomes its input, at the ``place`` in it."""
-    wrapper = PhysicalPlanNode()
-    place(wrapper).CopyFrom(node)
-    node.CopyFrom(wrapper)

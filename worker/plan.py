@@ -110,8 +110,6 @@ def schema_of(session: SessionContext, plan: bytes) -> pa.Schema:
         ExecutionFailed: it failed otherwise.
     """
     message = plan_proto.parse(plan)
-    if _is_sink(message):
-        return _SINK_SCHEMA
     empty_leaves(message)
 
     joined = plan_proto.PhysicalPlanNode()
@@ -174,10 +172,6 @@ def _text(error: BaseException) -> str:
     return _PYTHON_ERROR.sub(r"\1", text) or type(error).__name__
 
 
-def _is_sink(node: plan_proto.Message) -> bool:
-    return (plan_proto.kind(node) or "").endswith("_sink")
-
-
 def empty_leaves(plan: plan_proto.Message) -> None:
     """Takes all rows out of a plan, so that no function is called on any, and the nodes that would write.
 
@@ -201,10 +195,8 @@ def empty_leaves(plan: plan_proto.Message) -> None:
                 ungrouped.append(node)
     # An aggregate without groups makes a row of none. The innermost first: what is copied is another node then.
     for node in reversed(ungrouped):
-        limited = plan_proto.PhysicalPlanNode()
-        limited.local_limit.input.CopyFrom(node)
-        limited.local_limit.fetch = 0
-        node.CopyFrom(limited)
+        plan_proto.wrap(node, lambda limited: limited.local_limit.input)
+        node.local_limit.fetch = 0
 
 
 def _replace_by_empty(node: plan_proto.Message, schema: plan_proto.Message, partitions: int) -> None:

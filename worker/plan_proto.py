@@ -128,3 +128,10 @@ def functions(plan: Message) -> Iterator[Message]:
     return (
         message for message in _walk(plan, _TOWARDS_FUNCTIONS) if "fun_definition" in message.DESCRIPTOR.fields_by_name
     )
+
+
+def wrap(node: Message, place: Callable[[Message], Message]) -> None:
+    """Puts a new node in the place of one that becomes its input, at the ``place`` in it."""
+    wrapper = PhysicalPlanNode()
+    place(wrapper).CopyFrom(node)
+    node.CopyFrom(wrapper)
