@@ -104,6 +104,17 @@ async def test_nothing_is_left_of_a_thousand_requests_cancelled_at_random_moment
     assert not [name for _, _, files in os.walk(tmp_path) for name in files]
 
 
+async def test_a_client_with_grpcs_default_limit_reads_large_batches() -> None:
+    session = SessionContext(SessionConfig({"datafusion.execution.batch_size": "262144"}).with_target_partitions(1))
+    columns = ", ".join(f"value + {number}.5 as c{number}" for number in range(8))
+    plan = session.sql(f"select {columns} from range(1000000)").execution_plan().to_bytes()
+
+    async with running_worker() as running, grpc.aio.insecure_channel(running.address) as channel:
+        await _drain(FlightServiceStub(channel).DoGet(Ticket(ticket=plan_ticket(plan))))
+
+        assert running.worker.statistics().rows_sent == 1_000_000
+
+
 async def test_closing_a_worker_ends_its_streams_and_refuses_new_ones() -> None:
     async with running_worker() as running, WorkerClient(running.url) as client:
         async with aclosing(client.execute(rows_plan(50_000_000, 1), 0)) as batches:
