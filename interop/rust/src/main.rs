@@ -6,10 +6,10 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use arrow_array::array::{ListArray, ListLikeArray};
+use arrow_array::array::ListLikeArray;
 use arrow_array::cast::AsArray;
 use arrow_array::types::Float64Type;
-use arrow_array::{Array, ArrayRef, RecordBatch, UInt64Array};
+use arrow_array::{Array, ArrayRef, ListArray, RecordBatch, UInt64Array};
 use arrow_cast::cast;
 use arrow_flight::{FlightClient, Ticket};
 use arrow_ipc::reader::StreamReader;
@@ -162,17 +162,13 @@ fn skip(batches: &mut VecDeque<RecordBatch>, rows: usize) {
 }
 
 fn check_columns(batch: &RecordBatch, expected: &RecordBatch, first_row: usize) -> Result<()> {
-    let columns = batch.columns().iter().zip(expected.columns());
-    for (index, (left, right)) in columns.enumerate() {
+    for (index, (left, right)) in batch.columns().iter().zip(expected.columns()).enumerate() {
         if same(left, right)? {
             continue;
         }
-        let at = |row| (left.slice(row, 1), right.slice(row, 1));
-        let differs = |(left, right): (ArrayRef, ArrayRef)| !same(&left, &right).unwrap_or(false);
-        let row = (0..left.len())
-            .find(|&row| differs(at(row)))
-            .ok_or("no row differs alone")?;
-        let (left, right) = at(row);
+        let mut rows = (0..left.len()).map(|row| (row, left.slice(row, 1), right.slice(row, 1)));
+        let differing = rows.find(|(_, left, right)| !same(left, right).unwrap_or(false));
+        let (row, left, right) = differing.ok_or("rows differ, but not alone")?;
         let place = format!("column {index}, row {}", first_row + row);
         return Err(format!("{place}: {left:?} came, expected was {right:?}").into());
     }
@@ -189,18 +185,16 @@ fn same(left: &dyn Array, right: &dyn Array) -> Result<bool> {
         return Ok(false);
     }
     // What is behind a null has no meaning.
-    let (left, right) = (
-        take(left, &left_rows, None)?,
-        take(right, &right_rows, None)?,
-    );
+    let left = take(left, &left_rows, None)?;
+    let right = take(right, &right_rows, None)?;
     let (Some(left_parts), Some(right_parts)) = (parts(&left)?, parts(&right)?) else {
         return Ok(left == right);
     };
-    let mut same_parts = left_parts.0 == right_parts.0;
+    let mut equal = left_parts.0 == right_parts.0;
     for (left, right) in left_parts.1.iter().zip(&right_parts.1) {
-        same_parts = same_parts && same(left, right)?;
+        equal = equal && same(left, right)?;
     }
-    Ok(same_parts)
+    Ok(equal)
 }
 
 fn valid_rows(array: &dyn Array) -> UInt64Array {
@@ -217,17 +211,11 @@ fn valid_rows(array: &dyn Array) -> UInt64Array {
 fn parts(array: &dyn Array) -> Result<Option<Parts>> {
     Ok(Some(match array.data_type() {
         DataType::Float16 | DataType::Float32 | DataType::Float64 => {
-            let doubles = cast(array, &DataType::Float64)?;
-            let doubles = doubles.as_primitive::<Float64Type>().values().iter();
-            // There is one NaN, and one zero: adding it makes -0.0 one of no sign.
-            let plain = doubles.map(|&double| {
-                if double.is_nan() {
-                    f64::NAN
-                } else {
-                    double + 0.0
-                }
-            });
-            (plain.map(f64::to_bits).collect(), vec![])
+            let reals = cast(array, &DataType::Float64)?;
+            let reals = reals.as_primitive::<Float64Type>().values().iter();
+            // One NaN is as good as another, and adding zero takes the sign off -0.0.
+            let plain = |&real: &f64| if real.is_nan() { f64::NAN } else { real + 0.0 };
+            (reals.map(plain).map(f64::to_bits).collect(), vec![])
         }
         DataType::Dictionary(_, values) => (vec![], vec![cast(array, values)?]),
         DataType::RunEndEncoded(_, values) => (vec![], vec![cast(array, values.data_type())?]),
