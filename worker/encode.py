@@ -8,8 +8,7 @@ from worker.errors import ExecutionFailed
 from worker.message import LENGTH, PREFIX_BYTES, Bytes, HeaderType, Message, body_length, header_type
 
 # Halved beyond this: clients of gRPC refuse messages over 4 MiB unless told otherwise, and what is sent at once keeps
-# the event loop busy. Much smaller is slower, since each write waits for gRPC's threads: of batches of 64 k rows of 8
-# columns, halves came through at least as fast as whole ones, 256 KiB at half the rate.
+# the event loop busy. Much less would be slower, since each write waits for gRPC's threads.
 LARGE_MESSAGE = 3 << 20
 
 # Protobuf's limit for a message, less what else is in a ``FlightData``.
