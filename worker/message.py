@@ -14,13 +14,18 @@ CONTINUATION = b"\xff\xff\xff\xff"
 LENGTH = Struct("<I")
 PREFIX_BYTES = len(CONTINUATION) + LENGTH.size
 
-# Flatbuffers: the root's offset; from the root back to its vtable; in that, two sizes, then a slot for every field.
-_OFFSET = Struct("<I")
+# Flatbuffers: the root's offset; from a table back to its vtable; in that, two sizes, then a slot for every field.
+OFFSET = Struct("<I")
 _BACK_OFFSET = Struct("<i")
 _SLOT = Struct("<H")
-_HEADER_TYPE_SLOT = 6
-_BODY_LENGTH_SLOT = 10
-_BODY_LENGTH = Struct("<q")
+
+BYTE = Struct("<B")
+LONG = Struct("<q")
+
+# Slots of ``Message``, the root.
+HEADER_TYPE_SLOT = 6
+HEADER_SLOT = 8
+BODY_LENGTH_SLOT = 10
 
 
 class HeaderType(IntEnum):
@@ -47,25 +52,37 @@ class Message(NamedTuple):
 
 def header_type(header: bytes) -> int:
     """Which ``HeaderType`` a message has, by its metadata; other numbers are of kinds that Flight does not carry."""
-    return header[_slot(header, _HEADER_TYPE_SLOT)]
+    return number(header, root(header), HEADER_TYPE_SLOT, BYTE)
 
 
 def body_length(header: bytes) -> int:
     """How many bytes the body has, by the metadata."""
-    place = _slot(header, _BODY_LENGTH_SLOT)
-    if not place:
-        return 0
-    length: int = _BODY_LENGTH.unpack_from(header, place)[0]
-    return length
+    return number(header, root(header), BODY_LENGTH_SLOT, LONG)
 
 
-def _slot(header: bytes, slot: int) -> int:
-    """Where a field of the root table is, 0 when it is not there."""
-    (table,) = _OFFSET.unpack_from(header)
-    (back,) = _BACK_OFFSET.unpack_from(header, table)
+def root(flatbuffer: bytes) -> int:
+    """Where the root table is."""
+    return target(flatbuffer, 0)
+
+
+def target(flatbuffer: bytes, place: int) -> int:
+    """Where the table or the vector is that the offset at a place leads to."""
+    (offset,) = OFFSET.unpack_from(flatbuffer, place)
+    return place + int(offset)
+
+
+def number(flatbuffer: bytes, table: int, slot: int, kind: Struct) -> int:
+    """The number in a field of a table, 0 when it is not there."""
+    place = field(flatbuffer, table, slot)
+    return int(kind.unpack_from(flatbuffer, place)[0]) if place else 0
+
+
+def field(flatbuffer: bytes, table: int, slot: int) -> int:
+    """Where a field of a table is, 0 when it is not there."""
+    (back,) = _BACK_OFFSET.unpack_from(flatbuffer, table)
     vtable = table - back
-    (vtable_size,) = _SLOT.unpack_from(header, vtable)
+    (vtable_size,) = _SLOT.unpack_from(flatbuffer, vtable)
     if slot >= vtable_size:
         return 0
-    (offset,) = _SLOT.unpack_from(header, vtable + slot)
+    (offset,) = _SLOT.unpack_from(flatbuffer, vtable + slot)
     return table + offset if offset else 0
