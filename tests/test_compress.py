@@ -17,20 +17,22 @@ FRAMES: dict[Codec, bytes] = {"lz4": bytes.fromhex("04224d18"), "zstd": bytes.fr
 
 ROWS = 1000
 
+LIMIT = 1 << 30
+
 
 def _batch(**columns: Any) -> pa.RecordBatch:
     return pa.RecordBatch.from_pydict(columns)
 
 
 def _encode(batch: pa.RecordBatch) -> list[Message]:
-    return Encoder(batch.schema).encode(batch)
+    return list(Encoder(batch.schema, LIMIT).encode([batch]))
 
 
 def _decode(schema: pa.Schema, messages: Iterable[Message]) -> pa.Table:
     """What Arrow reads, which checks the metadata's flatbuffer first."""
     framed = b"".join(
         b"\xff\xff\xff\xff" + len(header).to_bytes(4, "little") + header + b"".join(body)
-        for header, body in (Encoder(schema).schema(), *messages)
+        for header, body in (Encoder(schema, LIMIT).schema(), *messages)
     )
     with pa.ipc.open_stream(framed) as reader:
         table = reader.read_all()

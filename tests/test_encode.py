@@ -9,8 +9,10 @@ import pyarrow as pa
 import pytest
 
 from worker import ExecutionFailed
-from worker.encode import LARGE_MESSAGE, Encoder
+from worker.encode import Encoder
 from worker.message import HeaderType, Message, body_length, header_type
+
+LIMIT = 4 << 20
 
 WORDS = pa.array(["alpha", "beta", None, "gamma", "a string that is too long to stand inside of a view"])
 LISTS = pa.array([[1, 2], None, [], [3, None], [4]], pa.list_(pa.int64()))
@@ -60,7 +62,12 @@ COLUMNS = [
 
 
 def _messages(encoder: Encoder, batches: Iterable[pa.RecordBatch]) -> list[Message]:
-    return [encoder.schema(), *(message for batch in batches for message in encoder.encode(batch))]
+    """Of the schema, and of the batches, each encoded for itself."""
+    return [encoder.schema(), *(message for batch in batches for message in encoder.encode([batch]))]
+
+
+def _encoder(schema: pa.Schema, limit: int = LIMIT) -> Encoder:
+    return Encoder(schema, limit)
 
 
 def _decode(messages: Iterable[Message]) -> pa.Table:
@@ -75,7 +82,7 @@ def _decode(messages: Iterable[Message]) -> pa.Table:
 
 
 def _round_trip(*batches: pa.RecordBatch) -> pa.Table:
-    return _decode(_messages(Encoder(batches[0].schema), batches))
+    return _decode(_messages(_encoder(batches[0].schema), batches))
 
 
 def _kinds(messages: Iterable[Message]) -> list[int]:
@@ -101,7 +108,7 @@ def test_the_columns_above_are_of_one_length() -> None:
 
 def test_a_stream_of_its_schema_alone_is_an_empty_table() -> None:
     schema = pa.schema([pa.field("a", pa.int32(), nullable=False, metadata={"k": "v"}), ("d", DICTIONARY)], {"m": "n"})
-    decoded = _decode([Encoder(schema).schema()])
+    decoded = _decode([_encoder(schema).schema()])
     assert decoded.num_rows == 0
     assert decoded.schema.equals(schema, check_metadata=True)
 
@@ -115,21 +122,21 @@ def test_metadata_of_schema_and_fields_is_in_the_schema_message() -> None:
 def test_rows_without_columns_are_counted() -> None:
     batch = _batch(a=[1, 2, 3]).select([])
     assert batch.num_rows == 3
-    messages = _messages(Encoder(batch.schema), [batch])
+    messages = _messages(_encoder(batch.schema), [batch])
     assert _kinds(messages) == [HeaderType.SCHEMA, HeaderType.RECORD_BATCH]
     assert _decode(messages).num_rows == 3
 
 
 def test_the_schema_is_said_once_and_not_by_the_first_batch() -> None:
-    encoder = Encoder(pa.schema([("a", pa.int64())]))
+    encoder = _encoder(pa.schema([("a", pa.int64())]))
     assert _kinds([encoder.schema()]) == [HeaderType.SCHEMA]
-    assert _kinds(encoder.encode(_batch(a=[1]))) == [HeaderType.RECORD_BATCH]
-    assert _kinds(encoder.encode(_batch(a=[2]))) == [HeaderType.RECORD_BATCH]
+    assert _kinds(encoder.encode([_batch(a=[1])])) == [HeaderType.RECORD_BATCH]
+    assert _kinds(encoder.encode([_batch(a=[2])])) == [HeaderType.RECORD_BATCH]
 
 
 @pytest.mark.parametrize("column", COLUMNS, ids=lambda column: str(column.type))
 def test_a_body_is_as_long_as_its_header_says_and_padded(column: pa.Array) -> None:
-    for header, body in _messages(Encoder(pa.schema([("a", column.type)])), [_batch(a=column)]):
+    for header, body in _messages(_encoder(pa.schema([("a", column.type)])), [_batch(a=column)]):
         assert sum(map(len, body)) == body_length(header)
         assert body_length(header) % 8 == 0
         assert len(header) % 8 == 0
@@ -152,14 +159,14 @@ def test_a_dictionary_goes_before_the_batch_that_needs_it_and_only_when_it_is_ne
     dictionaries: list[list[str]], kinds: list[int]
 ) -> None:
     batches = [_batch(d=_dictionary([0, None, 1], values)) for values in dictionaries]
-    messages = _messages(Encoder(batches[0].schema), batches)
+    messages = _messages(_encoder(batches[0].schema), batches)
     assert _kinds(messages)[1:] == kinds
     assert _decode(messages).to_pylist() == [row for batch in batches for row in batch.to_pylist()]
 
 
 def test_of_two_dictionaries_only_the_changed_one_is_sent_again() -> None:
     batches = [_batch(a=_dictionary([0, 1], X), b=_dictionary([1, 0], values)) for values in (X, Y)]
-    messages = _messages(Encoder(batches[0].schema), batches)
+    messages = _messages(_encoder(batches[0].schema), batches)
     assert _kinds(messages)[1:] == [D, D, R, D, R]
     assert _decode(messages).to_pylist() == batches[0].to_pylist() + batches[1].to_pylist()
 
@@ -194,8 +201,8 @@ def _addresses(arrays: Iterable[pa.Array]) -> set[int]:
 )
 def test_the_body_of_a_batch_is_the_buffers_of_its_columns(column: pa.Array) -> None:
     batch = _batch(a=column)
-    encoder = Encoder(batch.schema)
-    for message in (encoder.encode(batch)[-1], encoder.encode(batch)[-1]):
+    encoder = _encoder(batch.schema)
+    for message in (list(encoder.encode([batch]))[-1], list(encoder.encode([batch]))[-1]):
         sent = [part for part in message.body if isinstance(part, pa.Buffer) and part.size > 8]
         assert sent
         assert {part.address for part in sent} == _addresses([column])
@@ -203,7 +210,7 @@ def test_the_body_of_a_batch_is_the_buffers_of_its_columns(column: pa.Array) -> 
 
 def test_the_body_of_a_dictionary_is_the_buffers_of_its_values() -> None:
     values = pa.array([f"word {number}" for number in range(1000)])
-    dictionary, _ = Encoder(pa.schema([("d", DICTIONARY)])).encode(_batch(d=_dictionary([1, 2], values)))
+    dictionary, _ = _encoder(pa.schema([("d", DICTIONARY)])).encode([_batch(d=_dictionary([1, 2], values))])
     sent = {part.address for part in dictionary.body if isinstance(part, pa.Buffer) and part.size > 8}
     assert sent == _addresses([values])
 
@@ -211,7 +218,7 @@ def test_the_body_of_a_dictionary_is_the_buffers_of_its_values() -> None:
 def test_of_a_slice_only_its_part_is_sent_uncopied() -> None:
     column = pa.array(range(10_000), pa.int64())
     part = _batch(a=column).slice(2_000, 500)
-    (message,) = Encoder(part.schema).encode(part)
+    (message,) = _encoder(part.schema).encode([part])
     (data,) = message.body
     assert isinstance(data, pa.Buffer)
     assert data.address == column.buffers()[1].address + 2_000 * 8
@@ -220,7 +227,7 @@ def test_of_a_slice_only_its_part_is_sent_uncopied() -> None:
 
 def test_text_of_a_slice_is_its_part_alone() -> None:
     part = _batch(a=[f"{number:05}" for number in range(10_000)]).slice(2_000, 500)
-    (message,) = Encoder(part.schema).encode(part)
+    (message,) = _encoder(part.schema).encode([part])
     assert sum(map(len, message.body)) < 500 * 5 + 501 * 4 + 2 * 64
 
 
@@ -230,7 +237,7 @@ def test_a_batch_that_says_less_of_nulls_is_sent_as_the_stream_says() -> None:
     batches = [pa.RecordBatch.from_arrays([pa.array([number])], schema=strict) for number in (1, 3)]
     batches.insert(1, pa.RecordBatch.from_arrays([pa.array([2])], schema=loose))
     for schema in (strict, loose):
-        decoded = _decode(_messages(Encoder(schema), batches))
+        decoded = _decode(_messages(_encoder(schema), batches))
         assert decoded.schema.equals(schema, check_metadata=True)
         assert decoded.to_pydict() == {"a": [1, 2, 3]}
 
@@ -239,80 +246,22 @@ def test_a_batch_that_says_less_of_nulls_is_sent_as_the_stream_says() -> None:
     "other", [_batch(a=["text"]), _batch(a=pa.array([1], pa.int32())), _batch(a=[1], b=[2]), _batch(a=[1]).select([])]
 )
 def test_a_batch_of_other_types_is_refused_and_the_stream_goes_on(other: pa.RecordBatch) -> None:
-    encoder = Encoder(pa.schema([("a", pa.int64())]))
-    messages = [encoder.schema(), *encoder.encode(_batch(a=[1]))]
+    encoder = _encoder(pa.schema([("a", pa.int64())]))
+    messages = [encoder.schema(), *encoder.encode([_batch(a=[1])])]
     with pytest.raises(ExecutionFailed, match="those before of") as caught:
-        encoder.encode(other)
+        list(encoder.encode([other]))
     assert "int64" in str(caught.value)
-    messages += encoder.encode(_batch(a=[2]))
+    messages += encoder.encode([_batch(a=[2])])
     assert _decode(messages).to_pydict() == {"a": [1, 2]}
 
 
 def test_an_encoder_keeps_nothing_of_what_it_has_encoded() -> None:
     batch = _batch(a=pa.array(range(100_000), pa.int64()))
-    encoder = Encoder(batch.schema)
+    encoder = _encoder(batch.schema)
     before = pa.total_allocated_bytes()
     for _ in range(10):
-        encoder.encode(pa.RecordBatch.from_arrays([pa.array(range(100_000), pa.int64())], schema=batch.schema))
+        list(encoder.encode([pa.RecordBatch.from_arrays([pa.array(range(100_000), pa.int64())], schema=batch.schema)]))
     assert pa.total_allocated_bytes() - before < 100_000
-
-
-def test_views_are_sent_without_what_the_batch_does_not_show() -> None:
-    words = pa.array([f"a string too long to stand inside of a view, number {number}" for number in range(10_000)])
-    for view, plain in ((pa.string_view(), words), (pa.binary_view(), words.cast(pa.binary()))):
-        batch = _batch(name=pa.array(range(10_000)), view=plain.cast(view))
-        few = batch.slice(9_000, 3)
-
-        schema, message = _messages(Encoder(batch.schema), [few])
-
-        assert message.size < 2_000
-        assert _decode([schema, message]).to_batches() == [few]
-        assert _decode([schema, message]).schema == batch.schema
-
-
-def test_views_that_show_most_of_their_data_are_not_copied() -> None:
-    words = pa.array([f"a string too long to stand inside of a view, number {number}" for number in range(1_000)])
-    batch = _batch(view=words.cast(pa.string_view()))
-    (message,) = Encoder(batch.schema).encode(batch)
-    assert {buffer.address for buffer in batch["view"].buffers()[1:]} <= {
-        part.address for part in message.body if isinstance(part, pa.Buffer)
-    }
-
-
-def test_a_large_batch_is_divided_and_its_dictionary_sent_once() -> None:
-    rows = 5 * LARGE_MESSAGE // 8
-    batch = _batch(
-        number=pa.array(range(rows), pa.int64()),
-        word=pa.DictionaryArray.from_arrays(
-            pa.array([number % 3 for number in range(rows)], pa.int8()), ["a", "b", "c"]
-        ),
-    )
-    messages = _messages(Encoder(batch.schema), [batch])
-
-    assert max(message.size for message in messages) <= LARGE_MESSAGE
-    assert _kinds(messages)[:2] == [HeaderType.SCHEMA, HeaderType.DICTIONARY_BATCH]
-    assert set(_kinds(messages)[2:]) == {HeaderType.RECORD_BATCH}
-    assert _decode(messages).combine_chunks() == pa.Table.from_batches([batch])
-
-
-def test_a_row_that_is_large_itself_and_what_halves_would_share_are_sent_whole() -> None:
-    large = "x" * (LARGE_MESSAGE + 1)
-    in_lists = pa.ListArray.from_arrays([0, 1, 2], pa.array([large, large]).cast(pa.string_view()))
-    for column, count in ((pa.array([large, "y", large]), 3), (in_lists, 1)):
-        batch = _batch(column=column)
-        messages = Encoder(batch.schema).encode(batch)
-        assert len(messages) == count
-        assert _round_trip(batch).combine_chunks() == pa.Table.from_batches([batch])
-
-
-def test_views_that_show_one_large_value_in_every_row_are_sent_as_they_are() -> None:
-    """Compacted, each row would have the value for itself."""
-    value = b"x" * 1_000_000
-    view = (len(value)).to_bytes(4, "little") + value[:4] + bytes(8)
-    buffers = [None, pa.py_buffer(view * 8192), pa.py_buffer(value)]
-    batch = _batch(view=pa.Array.from_buffers(pa.string_view(), 8192, buffers))
-    (message,) = Encoder(batch.schema).encode(batch)
-    assert message.size < 2_000_000
 
 
 class Unhashable(pa.ExtensionType):  # type: ignore[misc]
@@ -337,5 +286,5 @@ def test_a_column_of_an_extension_type_is_sent_whatever_its_class_lacks() -> Non
     batch = _batch(column=pa.ExtensionArray.from_storage(kind, WORDS.cast(pa.string_view())))
     with pytest.raises(TypeError):
         hash(kind)
-    messages = _messages(Encoder(batch.schema), [batch])
+    messages = _messages(_encoder(batch.schema), [batch])
     assert _decode(messages)["column"].to_pylist() == WORDS.to_pylist()

@@ -40,7 +40,7 @@ def test_the_parts_of_a_body_are_joined(parts: list[bytes | pa.Buffer]) -> None:
 
 def test_the_messages_of_a_batch_are_protobufs_own() -> None:
     batch = pa.RecordBatch.from_pydict({"a": [1, 2, None], "b": pa.array(["x", "y", "x"]).dictionary_encode()})
-    messages = Encoder(batch.schema).encode(batch)
+    messages = list(Encoder(batch.schema, 4 << 20).encode([batch]))
     assert len(messages) == 2
     for message in messages:
         expected = Flight_pb2.FlightData(data_header=message.header, data_body=b"".join(message.body))

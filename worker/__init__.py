@@ -1,8 +1,8 @@
 """A worker for distributed DataFusion: executes physical plans that come in Arrow Flight tickets.
 
-Layers, each importing only from those before it: errors, message, allocator; headers, ticket, config; plan_proto,
-session, plan, partitionwise, encode, compress, decode, flight_data; tasks; service; server, client, testing, importer;
-the command lines.
+Layers, each importing only from those before it: errors, message, allocator, interrupt; headers, ticket, config,
+output; plan_proto, session, plan, partitionwise; views, dictionaries, compact, compress, encode, decode, flight_data;
+stream; tasks; service; server, client, testing, importer; the command lines.
 """
 
 from worker.allocator import keep_freed_memory

@@ -65,6 +65,16 @@ class Settings(BaseSettings):
         gt=0,
         description="the largest answer of GetFlightInfo, which holds the plan once for every partition",
     )
+    max_message_size: Bytes = Field(
+        default=ByteSize(4 * MEBIBYTE),
+        ge=MEBIBYTE // 16,
+        le=2047 * MEBIBYTE,
+        description="the largest message that is sent; clients of gRPC accept 4MiB unless told otherwise",
+    )
+    compression: Literal["none", "lz4", "zstd"] = Field(
+        default="none",
+        description="how what is sent is compressed, unless the request's headers say",
+    )
     idle_time: float = Field(
         default=60,
         gt=0,

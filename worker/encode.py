@@ -1,120 +1,184 @@
 """Record batches into Arrow IPC messages, with no copy of their data. Pure: no gRPC, no event loop."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from math import ceil
 
 import pyarrow as pa
 
-from worker.errors import ExecutionFailed
-from worker.message import LENGTH, PREFIX_BYTES, Bytes, HeaderType, Message, body_length, header_type
+from worker.compact import compactor
+from worker.compress import Compressor
+from worker.dictionaries import has_dictionaries, is_same, with_dictionary
+from worker.errors import ExecutionFailed, ResponseTooLarge
+from worker.message import FRAMING_BYTES, LENGTH, PREFIX_BYTES, Bytes, HeaderType, Message, body_length, header_type
+from worker.output import Compression
+from worker.views import is_view, plain_type
 
-# Halved beyond this: clients of gRPC refuse messages over 4 MiB unless told otherwise, and what is sent at once keeps
-# the event loop busy. Much less would be slower, since each write waits for gRPC's threads.
-LARGE_MESSAGE = 3 << 20
+# Larger batches are divided into messages of about this size, and small ones joined up to it. Each message costs some
+# 0.1 ms of wake-ups between threads, in which gRPC sends about a quarter of a megabyte; with more than this, a client
+# with gRPC's default limit of 4 MiB could not be sure to read them.
+TARGET_SIZE = 2_200_000
 
-# Protobuf's limit for a message, less what else is in a ``FlightData``.
-LARGEST_MESSAGE = (2 << 30) - (1 << 20)
+# Joining copies a batch once more, which costs less than a message of its own only for small ones.
+SMALL_BATCH = 256 * 1024
 
-# Halves that together are so much larger than the whole share what cannot be divided, such as views in lists.
-SHARED_BY_HALVES = 1.5
-
-# A view is a length and 12 bytes, of the value if it fits there, or else of where in the data it is.
-VIEW_INT32S = 4
-INLINE_BYTES = 12
-
-# With less data than so many bytes a row, there is not much that could be left out.
-VIEW_DATA_PER_ROW = 32
-
-# Compacting copies what is seen: worth it when at least as much is not.
-UNSEEN_PER_SEEN = 2
+# For what is in a message beside the buffers that are counted: metadata and padding.
+DICTIONARY_OVERHEAD = 4096
 
 
 class Encoder:
     """Encodes the batches of one stream, a dictionary ahead of the first batch that needs it.
 
-    The first messages are those of the schema. A dictionary that has not changed since is not sent again.
+    Small batches are joined and large ones divided. Values that no row shows are left out, and a dictionary that has
+    not changed is not sent again.
     """
 
-    def __init__(self, schema: pa.Schema) -> None:
+    def __init__(
+        self,
+        schema: pa.Schema,
+        max_message_size: int,
+        *,
+        compression: Compression = "none",
+        expand_views: bool = False,
+    ) -> None:
         """
         Args:
             schema: the schema of every batch to come.
+            max_message_size: bytes that no message may go beyond, framed as ``FlightData``.
+            compression: what bodies are compressed with.
+            expand_views: columns of views are sent as plain ones.
         """
-        self._schema = schema
+        self._schema = schema = plain_schema(schema) if expand_views else schema
+        self._expands_views = expand_views
+        self._compressor = None if compression == "none" else Compressor(compression)
+        self._limit = max_message_size - FRAMING_BYTES
+        self._target = min(TARGET_SIZE, self._limit)
+        self._compactors = [compactor(field.type, self._limit - DICTIONARY_OVERHEAD) for field in schema]
+        self._dictionaries = [index for index, field in enumerate(schema) if has_dictionaries(field.type)]
         self._sink = _Sink()
         self._writer = pa.ipc.new_stream(pa.PythonFile(self._sink, mode="w"), schema)
 
-    def schema(self) -> Message:
-        """The schema message, which goes before all others."""
-        return Message(self._schema.serialize().to_pybytes()[PREFIX_BYTES:], [])
+    @property
+    def compresses(self) -> bool:
+        """Whether encoding takes as long as compressing does."""
+        return self._compressor is not None
 
-    def encode(self, batch: pa.RecordBatch) -> list[Message]:
-        """The messages of one batch: the dictionaries that it needs, if any, and the batch, last.
+    def schema(self) -> Message:
+        """The schema message, which goes before all others.
 
         Raises:
-            ExecutionFailed: its columns are not of the stream's types, or a row or a dictionary is larger than gRPC can
-                carry.
+            ResponseTooLarge: it does not fit into a message.
         """
-        if not batch.schema.equals(self._schema):
-            batch = self._conform(batch)
-        batch = _without_unseen_data(batch)
-        messages = self._divided(batch, self._write(batch))
-        for message in messages:
-            if message.size > LARGEST_MESSAGE:
-                kind = HeaderType(header_type(message.header)).name.lower().replace("_", " ")
-                raise ExecutionFailed(f"a {kind} is a message of {message.size} bytes, gRPC carries {LARGEST_MESSAGE}")
-        return messages
+        message = Message(self._schema.serialize().to_pybytes()[PREFIX_BYTES:], [])
+        if message.size > self._limit:
+            raise ResponseTooLarge(f"the schema takes {message.size} bytes, and a message may have {self._limit}")
+        return message
 
-    def _write(self, batch: pa.RecordBatch) -> list[Message]:
-        self._writer.write_batch(batch)
-        # The writer starts with the schema when the first batch comes; ``schema`` has said it already.
-        return [message for message in _messages(self._sink.take()) if header_type(message.header) != HeaderType.SCHEMA]
+    def encode(self, batches: Sequence[pa.RecordBatch]) -> Iterator[Message]:
+        """The messages of successive batches: their rows in order, and the dictionaries that they need before them.
 
-    def _divided(self, batch: pa.RecordBatch, messages: list[Message]) -> list[Message]:
-        """The messages of a batch that was written, those of its halves instead where it is too large."""
-        *dictionaries, whole = messages
-        size = whole.size
-        if size > LARGE_MESSAGE and batch.num_rows > 1:
-            middle = batch.num_rows // 2
-            halves = [_without_unseen_data(half) for half in (batch.slice(0, middle), batch.slice(middle))]
-            # Writing costs next to nothing, since it does not copy, and slices have the dictionaries of their batch.
-            written = [self._write(half) for half in halves]
-            if sum(half[-1].size for half in written) < SHARED_BY_HALVES * size:
-                first, second = (self._divided(half, done) for half, done in zip(halves, written, strict=True))
-                return [*dictionaries, *first, *second]
-        return messages
+        Raises:
+            ExecutionFailed: the columns of a batch are not of the stream's types.
+            ResponseTooLarge: a single row does not fit into a message.
+        """
+        for batch in self._joined([self._conform(batch) for batch in batches]):
+            yield from self._messages(batch, self._target)
 
     def _conform(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         # Some operators pass on batches that differ from the plan's schema in what their fields say of nulls.
+        if batch.schema.equals(self._schema):
+            return batch
+        if self._expands_views:
+            batch = _without_views(batch)
         if batch.schema.types != self._schema.types:
             raise ExecutionFailed(f"a batch has columns of {batch.schema.types}, those before of {self._schema.types}")
         return pa.RecordBatch.from_arrays(batch.columns, schema=self._schema)
 
+    def _joined(self, batches: Sequence[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """The batches, neighbours that are small joined as far as the target goes."""
+        group: list[pa.RecordBatch] = []
+        group_size = 0
+        for batch in batches:
+            size = batch.get_total_buffer_size()
+            alike = self._with_dictionaries_of(group[0], batch) if group else batch
+            if alike is None or (group and (size > SMALL_BATCH or group_size + size > self._target)):
+                yield from _concatenated(group)
+                group, group_size = [], 0
+            group.append(alike or batch)
+            group_size += size if size <= SMALL_BATCH else self._target
+        yield from _concatenated(group)
 
-def _without_unseen_data(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The batch, views compacted whose buffers hold much that the batch does not show.
+    def _with_dictionaries_of(self, first: pa.RecordBatch, batch: pa.RecordBatch) -> pa.RecordBatch | None:
+        """The batch with the very dictionaries of another, None if it has others, or some that are nested."""
+        for index in self._dictionaries:
+            column, known = batch.column(index), first.column(index)
+            if not pa.types.is_dictionary(column.type) or not is_same(column.dictionary, known.dictionary):
+                return None
+            batch = batch.set_column(index, self._schema.field(index), with_dictionary(column, known.dictionary))
+        return batch
 
-    Views that were sorted, joined or filtered by DataFusion share the buffers of all that they were taken from: a sort
-    of 26 MB of strings would send 4.7 GB.
-    """
-    for index, field in enumerate(batch.schema):
-        if pa.types.is_string_view(field.type):
-            plain_type = pa.large_string()
-        elif pa.types.is_binary_view(field.type):
-            plain_type = pa.large_binary()
+    def _messages(self, batch: pa.RecordBatch, aim: int) -> Iterator[Message]:
+        """The messages of a batch, or of its parts where they would be larger than the aim."""
+        batch = self._compacted(batch)
+        *dictionaries, whole = self._write(batch)
+        plain_size = whole.size
+        if self._compressor is not None:
+            dictionaries = [self._compressor.compress(dictionary) for dictionary in dictionaries]
+            if plain_size <= aim or batch.num_rows == 1:
+                whole = self._compressor.compress(whole)
+        # A dictionary that does not fit is replaced by those of the parts, which use less of it.
+        fitting = [dictionary for dictionary in dictionaries if dictionary.size <= self._limit]
+        yield from fitting
+        if len(fitting) == len(dictionaries) and whole.size <= aim:
+            yield whole
+        elif batch.num_rows > 1:
+            rows = ceil(batch.num_rows / max(2, ceil(plain_size / self._target)))
+            for first in range(0, batch.num_rows, rows):
+                yield from self._messages(batch.slice(first, rows), self._limit)
         else:
-            continue
-        column = batch.column(index)
-        data = sum(buffer.size for buffer in column.buffers()[2:])
-        if data > VIEW_DATA_PER_ROW * len(column) and data >= UNSEEN_PER_SEEN * _seen(column):
-            batch = batch.set_column(index, field, column.cast(plain_type).cast(field.type))
-    return batch
+            raise self._too_large(batch)
+
+    def _compacted(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        if not any(self._compactors):
+            return batch
+        columns = [
+            column if compact is None else compact(column)
+            for compact, column in zip(self._compactors, batch.columns, strict=True)
+        ]
+        return pa.RecordBatch.from_arrays(columns, schema=self._schema)
+
+    def _write(self, batch: pa.RecordBatch) -> list[Message]:
+        # Costs next to nothing, since it does not copy.
+        self._writer.write_batch(batch)
+        # The writer starts with the schema when the first batch comes; ``schema`` has said it already.
+        return [message for message in _messages(self._sink.take()) if header_type(message.header) != HeaderType.SCHEMA]
+
+    def _too_large(self, row: pa.RecordBatch) -> ResponseTooLarge:
+        sizes = [column.get_total_buffer_size() for column in row.columns]
+        size = max(sizes)
+        return ResponseTooLarge(
+            f"a row's value in column {self._schema.names[sizes.index(size)]!r} takes {size} bytes, and a message may "
+            f"have {self._limit}: raise the worker's max_message_size and your client's limit, or select less of it"
+        )
 
 
-def _seen(column: pa.Array) -> int:
-    """How many bytes of data the views of a column show, those that several show counted for each."""
-    start, stop = VIEW_INT32S * column.offset, VIEW_INT32S * (column.offset + len(column))
-    lengths = memoryview(column.buffers()[1]).cast("i")[start:stop:VIEW_INT32S]
-    return sum(length for length in lengths.tolist() if length > INLINE_BYTES)
+def plain_schema(schema: pa.Schema) -> pa.Schema:
+    """A schema with plain text and bytes for columns of views, as DataFusion has it with ``expand_views_at_output``."""
+    fields = [field.with_type(plain_type(field.type)) if is_view(field.type) else field for field in schema]
+    return pa.schema(fields, schema.metadata)
+
+
+def _without_views(batch: pa.RecordBatch) -> pa.RecordBatch:
+    columns = [column.cast(plain_type(column.type)) if is_view(column.type) else column for column in batch.columns]
+    return pa.RecordBatch.from_arrays(columns, schema=plain_schema(batch.schema))
+
+
+def _concatenated(batches: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
+    if len(batches) < 2:
+        return batches
+    try:
+        return [pa.concat_batches(batches)]
+    except pa.ArrowNotImplementedError:
+        return batches
 
 
 class _Sink:

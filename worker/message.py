@@ -14,6 +14,9 @@ CONTINUATION = b"\xff\xff\xff\xff"
 LENGTH = Struct("<I")
 PREFIX_BYTES = len(CONTINUATION) + LENGTH.size
 
+# The most that a ``FlightData`` has beside metadata and body: two field tags, of one and two bytes, and two lengths.
+FRAMING_BYTES = 13
+
 # Flatbuffers: the root's offset; from a table back to its vtable; in that, two sizes, then a slot for every field.
 OFFSET = Struct("<I")
 _BACK_OFFSET = Struct("<i")

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -12,9 +12,9 @@ from typing import Any, NoReturn, Self, TypeAlias
 import grpc
 import pyarrow as pa
 
-from worker import flight_data
+from worker import flight_data, output
 from worker.config import Settings
-from worker.encode import Encoder
+from worker.encode import Encoder, plain_schema
 from worker.errors import InvalidTicket, ResponseTooLarge, SessionBuilderFailed, WorkerError
 from worker.headers import Headers
 from worker.message import Message
@@ -36,6 +36,9 @@ Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 # What a request or an answer has beside its ticket: descriptors, field tags. gRPC counts it in its limit.
 MESSAGE_OVERHEAD = 64 * 1024
+
+# Encoding takes up to 0.3 ms for so much, more would keep the event loop busy.
+ENCODED_AT_ONCE = 5_000_000
 
 # Clients refuse metadata beyond 8 KiB (or 16, by their version), in which there is more than the text.
 MAX_DETAILS = 6 * 1024
@@ -89,6 +92,16 @@ class Worker(Flight_pb2_grpc.FlightServiceServicer):
         """
         return cls(session_builder, settings=settings)
 
+    def with_max_message_size(self, size: int) -> Self:
+        """Sets the largest message that is sent, in bytes, framing included; the setting's default is 4 MiB.
+
+        Raises:
+            pydantic.ValidationError: it is not between 64 KiB and 2047 MiB.
+        """
+        values = self._settings.model_dump(exclude_unset=True) | {"max_message_size": size}
+        self._settings = Settings(**values)
+        return self
+
     def statistics(self) -> Statistics:
         """What is held now and was done so far."""
         tasks = self._tasks.statistics()
@@ -137,14 +150,19 @@ class Worker(Flight_pb2_grpc.FlightServiceServicer):
                 task,
                 batches,
             ):
-                batch = await batches.read()
-                encoder = Encoder(batch.schema if batch is not None else await task.schema())
+                group = await batches.read()
+                encoder = Encoder(
+                    group[0].schema if group else await task.schema(),
+                    self._settings.max_message_size,
+                    compression=output.compression(query.headers) or self._settings.compression,
+                    expand_views=query.builder.expands_views,
+                )
                 yield self._count(encoder.schema())
-                while batch is not None:
-                    for message in encoder.encode(batch):
+                while group:
+                    for message in await self._encode(encoder, group):
                         yield self._count(message)
-                    self._rows_sent += batch.num_rows
-                    batch = await batches.read()
+                    self._rows_sent += sum(batch.num_rows for batch in group)
+                    group = await batches.read()
 
     async def GetFlightInfo(self, request: Flight_pb2.FlightDescriptor, context: Context) -> Flight_pb2.FlightInfo:
         """The schema of the plan in the descriptor's ``cmd``, and an endpoint with a ticket for every partition."""
@@ -244,12 +262,16 @@ class Worker(Flight_pb2_grpc.FlightServiceServicer):
         session = await self._session_builder.build_session_state(query)
         inlining = query.builder.python_udf_inlining
         async with self._tasks.task(ticket, query.principal, session, python_udf_inlining=inlining) as task:
-            return task.partition_count, await task.schema()
+            schema = await task.schema()
+            return task.partition_count, plain_schema(schema) if query.builder.expands_views else schema
 
     def _query_context(self, ticket: PlanTicket, context: Context) -> WorkerQueryContext:
         headers = Headers(context.invocation_metadata() or ())
+        builder = SessionStateBuilder(self._settings.memory_limit, self._settings.spill_folder)
+        if (expand_views := output.expand_views(headers)) is not None:
+            builder.with_config_option(output.EXPAND_VIEWS_OPTION, expand_views)
         return WorkerQueryContext(
-            builder=SessionStateBuilder(self._settings.memory_limit, self._settings.spill_folder),
+            builder=builder,
             headers=headers,
             task_index=ticket.task_index,
             task_count=ticket.task_count,
@@ -265,6 +287,12 @@ class Worker(Flight_pb2_grpc.FlightServiceServicer):
             # With numbers and lengths, so that no two callers' values come to the same bytes.
             digest.update(b"%d " % len(parts) + b"".join(b"%d %b" % (len(part), part) for part in parts))
         return digest.hexdigest()
+
+    async def _encode(self, encoder: Encoder, batches: list[pa.RecordBatch]) -> Iterable[Message]:
+        size = sum(batch.get_total_buffer_size() for batch in batches)
+        if size <= ENCODED_AT_ONCE and not encoder.compresses:
+            return encoder.encode(batches)
+        return await self._tasks.in_thread(list, encoder.encode(batches))
 
     def _count(self, message: Message) -> Message:
         self._bytes_sent += message.size

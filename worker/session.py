@@ -17,6 +17,7 @@ from datafusion.user_defined import PhysicalExtensionCodecExportable
 
 from worker.errors import SessionBuilderFailed, WorkerError
 from worker.headers import Headers
+from worker.output import EXPAND_VIEWS_OPTION
 from worker.ticket import StageKey
 
 # Each with the wrong answer that DataFusion's default gives to somebody who executes one partition at a time.
@@ -54,6 +55,11 @@ class SessionStateBuilder:
         self._physical_codecs: list[tuple[PhysicalExtensionCodecExportable, str | None]] = []
         self._extensions: list[SessionComponentsExportable | SessionPlannerExportable] = []
         self._python_udf_inlining = False
+
+    @property
+    def expands_views(self) -> bool:
+        """Whether views of text and bytes are to leave as plain ones, by the DataFusion option of that meaning."""
+        return self._options.get(EXPAND_VIEWS_OPTION, "").strip().lower() == "true"
 
     @property
     def python_udf_inlining(self) -> bool:

@@ -14,6 +14,7 @@ from worker import plan
 from worker.errors import PartitionOutOfRange, StageKeyConflict, Unavailable
 from worker.partitionwise import make_partitions_independent
 from worker.session import apply_partition_wise_options
+from worker.stream import PartitionStream, ReadThreads, let_go
 from worker.ticket import PlanTicket
 
 T = TypeVar("T")
@@ -35,42 +36,6 @@ class TaskStatistics:
     streams: int
     plans_decoded: int
     partitions_executed: int
-
-
-class PartitionStream:
-    """The batches of one executed partition, one of them read ahead while the one before is on its way."""
-
-    def __init__(self, stream: RecordBatchStream) -> None:
-        # The inner stream: its ``__anext__`` is a future that runs already, the outer one's a coroutine to be awaited.
-        self._stream = stream.rbs
-        self._next: asyncio.Future[Any] = self._stream.__anext__()
-        self._closed = False
-
-    async def read(self) -> pa.RecordBatch | None:
-        """The next batch, None after the last.
-
-        Raises:
-            ExecutionFailed, ResourcesExhausted, EnginePanicked: DataFusion failed.
-            Unavailable: the stream was closed.
-        """
-        try:
-            with plan.execution_errors():
-                batch = await self._next
-        except StopAsyncIteration:
-            return None
-        except asyncio.CancelledError:
-            if not self._closed:
-                raise
-        if self._closed:
-            raise Unavailable("the worker was closed")
-        self._next = self._stream.__anext__()
-        return batch.to_pyarrow()
-
-    def close(self) -> None:
-        """Stops DataFusion's work on this partition, unless it has ended."""
-        self._closed = True
-        _let_go(self._next)
-        self._stream = None
 
 
 class Task:
@@ -125,7 +90,7 @@ class Task:
         execution = asyncio.ensure_future(self._tasks.in_thread(self._session.execute, instance, partition))
         try:
             with plan.execution_errors():
-                return PartitionStream(await asyncio.shield(execution))
+                return self._tasks.stream(await asyncio.shield(execution))
         except asyncio.CancelledError:
             self._tasks.in_background(_drop_unread([execution]))
             raise
@@ -161,6 +126,7 @@ class Tasks:
         self._entries: dict[Hashable, _Entry] = {}
         self._background: set[asyncio.Task[Any]] = set()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="worker-plan")
+        self._read_threads = ReadThreads()
         self._streams: set[PartitionStream] = set()
         self._plans_decoded = 0
         self._partitions_executed = 0
@@ -222,6 +188,10 @@ class Tasks:
         self._plans_decoded += 1
         return await self.in_thread(plan.decode, session, plan_bytes)
 
+    def stream(self, executed: RecordBatchStream) -> PartitionStream:
+        """What reads an executed partition."""
+        return PartitionStream(executed, self._read_threads)
+
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """What a blocking function returns."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
@@ -245,6 +215,7 @@ class Tasks:
                 running.cancel()
             await asyncio.gather(*self._background, return_exceptions=True)
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._read_threads.close()
 
     def _enter(
         self, ticket: PlanTicket, principal: str, session: SessionContext, python_udf_inlining: bool
@@ -358,12 +329,6 @@ def _repartitions(node: ExecutionPlan, first: int = 0) -> Iterator[tuple[Executi
                 yield from _repartitions(child, first)
 
 
-def _let_go(read: "asyncio.Future[Any]") -> None:
-    """Stops a read of a stream, or takes note of how it ended."""
-    if not read.cancel() and not read.cancelled():
-        read.exception()
-
-
 async def _drop_unread(executions: "Sequence[asyncio.Future[RecordBatchStream]]") -> None:
     """Drops streams that nobody will read, so that nothing is kept for them."""
     await asyncio.wait(executions)
@@ -377,4 +342,4 @@ async def _drop_unread(executions: "Sequence[asyncio.Future[RecordBatchStream]]"
             await asyncio.wait(reads, timeout=ABANDON_SECONDS)
     finally:
         for read in reads:
-            _let_go(read)
+            let_go(read)

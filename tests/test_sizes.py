@@ -1,0 +1,209 @@
+"""How batches are cut into messages: small ones joined, large ones divided, none beyond the limit."""
+
+import random
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from worker import ResponseTooLarge
+from worker.dictionaries import SMALL_DICTIONARY
+from worker.encode import SMALL_BATCH, TARGET_SIZE, Encoder
+from worker.flight_data import serialize
+from worker.message import HeaderType, Message, header_type
+
+LIMIT = 4 << 20
+SMALL_LIMIT = 64 << 10
+
+
+def _batch(**columns: Any) -> pa.RecordBatch:
+    return pa.RecordBatch.from_pydict(columns)
+
+
+def _encode(batches: Sequence[pa.RecordBatch], limit: int = LIMIT, **options: Any) -> list[Message]:
+    """The messages of batches that come together, none of which is larger than the limit, and what they hold."""
+    encoder = Encoder(batches[0].schema, limit, **options)
+    schema, messages = encoder.schema(), list(encoder.encode(batches))
+    assert max(len(serialize(message)) for message in messages) <= limit
+    decoded = _decode([schema, *messages])
+    assert _values(decoded) == _values(pa.Table.from_batches(batches))
+    return messages
+
+
+def _values(table: pa.Table) -> pa.Table:
+    """The table with values where it has dictionaries, which are equal if what they stand for is."""
+    types = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in table.schema.types]
+    return table.cast(pa.schema(zip(table.schema.names, types, strict=True))).combine_chunks()
+
+
+def _decode(messages: Iterable[Message]) -> pa.Table:
+    framed = b"".join(
+        b"\xff\xff\xff\xff" + len(header).to_bytes(4, "little") + header + b"".join(body) for header, body in messages
+    )
+    with pa.ipc.open_stream(framed) as reader:
+        table = reader.read_all()
+    table.validate(full=True)
+    return table
+
+
+def _kinds(messages: Iterable[Message]) -> list[int]:
+    return [header_type(message.header) for message in messages]
+
+
+def _numbers(rows: int, start: int = 0) -> pa.RecordBatch:
+    texts = pa.array([f"row {row}" for row in range(rows)], pa.string())
+    return _batch(number=pa.array(range(start, start + rows), pa.int64()), text=texts)
+
+
+def test_small_batches_that_come_together_are_one_message() -> None:
+    (message,) = _encode([_numbers(100, start) for start in range(10)])
+    assert message.size < 10 * 100 * (8 + 4 + 7) + 1000
+
+
+def test_joining_goes_as_far_as_the_target() -> None:
+    batches = [_batch(number=pa.array(range(SMALL_BATCH // 8), pa.int64())) for _ in range(30)]
+    messages = _encode(batches)
+    assert max(message.size for message in messages) <= TARGET_SIZE + 1000
+    assert len(messages) == 30 // (TARGET_SIZE // SMALL_BATCH) + 1
+
+
+def test_batches_that_are_not_small_are_not_copied_together() -> None:
+    batches = [_batch(number=pa.array(range(SMALL_BATCH // 8 + 1), pa.int64())) for _ in range(3)]
+    sent = {part.address for message in _encode(batches) for part in message.body if isinstance(part, pa.Buffer)}
+    assert sent == {batch["number"].buffers()[1].address for batch in batches}
+
+
+def test_rows_keep_their_order_among_small_and_large_batches() -> None:
+    sizes = [10, 10, SMALL_BATCH, 10, SMALL_BATCH, SMALL_BATCH, 1, 1, 0, 1]
+    batches = [_numbers(size, 1000 * number) for number, size in enumerate(sizes)]
+    _encode(batches)
+
+
+def test_no_rows_and_no_columns_are_joined_too() -> None:
+    (message,) = _encode([_numbers(0), _numbers(0)])
+    assert _kinds([message]) == [HeaderType.RECORD_BATCH]
+    batch = _numbers(3).select([])
+    encoder = Encoder(batch.schema, LIMIT)
+    assert _decode([encoder.schema(), *encoder.encode([batch, batch, batch])]).num_rows == 9
+
+
+def _with_dictionary(values: Sequence[str], indices: Sequence[int | None]) -> pa.RecordBatch:
+    column = pa.DictionaryArray.from_arrays(pa.array(indices, pa.int16()), pa.array(values))
+    return _batch(number=range(len(indices)), word=column)
+
+
+def test_batches_of_one_dictionary_are_joined_and_of_others_are_not() -> None:
+    first = _with_dictionary(["a", "b"], [0, 1, None])
+    # As DataFusion's batches are: other objects, the same memory.
+    again = pa.RecordBatch._import_from_c_capsule(*first.__arrow_c_array__())
+    assert again["word"].dictionary is not first["word"].dictionary
+    other = _with_dictionary(["c", "d"], [1, 0])
+
+    messages = _encode([first, again, other, other, first])
+
+    assert _kinds(messages) == 3 * [HeaderType.DICTIONARY_BATCH, HeaderType.RECORD_BATCH]
+
+
+def test_a_large_batch_is_divided_evenly() -> None:
+    rows = 5 * TARGET_SIZE // 8
+    messages = _encode([_batch(number=pa.array(range(rows), pa.int64()))])
+    sizes = [message.size for message in messages]
+    assert 5 <= len(sizes) <= 6
+    assert max(sizes) <= TARGET_SIZE + 1000
+    assert min(sizes) > 0.8 * max(sizes)
+
+
+def test_a_large_batch_has_its_dictionary_sent_once() -> None:
+    rows = 3 * TARGET_SIZE // 2
+    messages = _encode([_with_dictionary(["a", "b", "c"], [row % 3 for row in range(rows)])])
+    assert _kinds(messages).count(HeaderType.DICTIONARY_BATCH) == 1
+    assert len(messages) > 5
+
+
+@pytest.mark.parametrize("limit", [SMALL_LIMIT, LIMIT])
+@pytest.mark.parametrize("seed", range(10))
+def test_no_message_goes_beyond_the_limit_however_uneven_the_rows(limit: int, seed: int) -> None:
+    generator = random.Random(seed)
+    texts = ["x" * generator.choice([0, 10, 1000, limit // 4, limit - 2000]) for _ in range(generator.randint(1, 20))]
+    batch = _batch(
+        text=texts,
+        view=pa.array(reversed(texts), pa.string_view()) if limit == SMALL_LIMIT else range(len(texts)),
+        lists=pa.array([[text[:100]] for text in texts], pa.list_(pa.string_view())),
+        word=pa.array([text[: limit // 3] for text in texts]).dictionary_encode(),
+    )
+    if limit == SMALL_LIMIT:
+        batch = batch.drop_columns("view")
+    _encode([batch], limit)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array(["", "x" * LIMIT]),
+        pa.array([[], ["x" * LIMIT]]),
+        pa.array(["", "x" * LIMIT], pa.string_view()),
+        pa.array(["", "x" * LIMIT]).dictionary_encode(),
+        pa.array([{"a": "y"}, {"a": "x" * LIMIT}]),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_a_row_larger_than_the_limit_is_an_error_that_names_column_and_size(column: pa.Array) -> None:
+    batch = _batch(small=["a", "b"], large=column)
+    encoder = Encoder(batch.schema, LIMIT)
+    with pytest.raises(
+        ResponseTooLarge, match=r"column 'large' takes 4194\d{3} bytes, .* may have 41942\d\d"
+    ) as caught:
+        list(encoder.encode([batch]))
+    assert "max_message_size" in str(caught.value)
+    # With a larger limit it is sent.
+    _encode([batch], 2 * LIMIT)
+
+
+def test_a_schema_larger_than_the_limit_is_an_error() -> None:
+    schema = pa.schema([pa.field("a", pa.int8(), metadata={"k": "v" * SMALL_LIMIT})])
+    with pytest.raises(ResponseTooLarge, match="the schema takes"):
+        Encoder(schema, SMALL_LIMIT).schema()
+
+
+def test_a_dictionary_larger_than_the_limit_goes_in_parts() -> None:
+    values = [f"{number:0500}" for number in range(3 * LIMIT // 500)]
+    indices = [number * 7919 % len(values) for number in range(len(values))]
+    messages = _encode([_with_dictionary(values, indices)])
+    assert _kinds(messages).count(HeaderType.DICTIONARY_BATCH) > 2
+
+
+def test_of_a_dictionary_no_more_is_sent_than_is_used_until_that_comes_to_all_of_it() -> None:
+    values = pa.array([f"{number:0100}" for number in range(SMALL_DICTIONARY // 10)])
+    batches = [
+        _batch(word=pa.DictionaryArray.from_arrays(pa.array([number, number + 1], pa.int32()), values))
+        for number in range(0, len(values) - 1, 100)
+    ]
+    encoder = Encoder(batches[0].schema, LIMIT)
+    dictionaries = [
+        message.size
+        for batch in batches * 100
+        for message in encoder.encode([batch])
+        if header_type(message.header) == HeaderType.DICTIONARY_BATCH
+    ]
+    *parts, whole = dictionaries
+    assert max(parts) < 1000
+    assert whole > values.nbytes
+    assert values.nbytes / 2 < len(parts) * 208 <= values.nbytes
+
+
+def test_compression_counts_for_the_limit() -> None:
+    batch = _batch(text=["x" * (2 * LIMIT)])
+    with pytest.raises(ResponseTooLarge):
+        _encode([batch])
+    for compression in ("lz4", "zstd"):
+        (message,) = _encode([batch], compression=compression)
+        assert message.size < LIMIT // 10
+
+
+def test_views_leave_as_plain_text_and_bytes_where_that_is_asked_for() -> None:
+    batch = _batch(a=pa.array(["x", None], pa.string_view()), b=pa.array([b"y", b""], pa.binary_view()), c=[1, 2])
+    encoder = Encoder(batch.schema, LIMIT, expand_views=True)
+    decoded = _decode([encoder.schema(), *encoder.encode([batch])])
+    assert decoded.schema.types == [pa.large_string(), pa.large_binary(), pa.int64()]
+    assert decoded.to_pylist() == batch.to_pylist()

@@ -1,0 +1,46 @@
+"""Blocking calls in threads that can be broken off from outside."""
+
+import ctypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Interrupted(Exception):
+    """Raised in the thread of what was interrupted."""
+
+
+class Interruptible:
+    """One call at a time that may be interrupted, if it runs Python code now and then.
+
+    DataFusion does so every second in whatever it blocks in, which is how Ctrl-C gets through to a script.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._thread: int | None = None
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around what may be interrupted; ends quietly where it was."""
+        self._thread = threading.get_ident()
+        try:
+            try:
+                yield
+            finally:
+                with self._lock:
+                    _raise_in(self._thread, None)
+                    self._thread = None
+        except Interrupted:
+            self._thread = None
+
+    def interrupt(self) -> None:
+        """Raises ``Interrupted`` in the thread, as soon as that runs Python code; nothing if nothing runs."""
+        with self._lock:
+            if self._thread is not None:
+                _raise_in(self._thread, Interrupted)
+
+
+def _raise_in(thread: int, error: type[BaseException] | None) -> None:
+    # "Thread State and the Global Interpreter Lock" in Python's C API: null takes back what was not raised yet.
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error) if error else None)
