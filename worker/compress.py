@@ -64,10 +64,12 @@ class Compressor:
         buffers = []
         end = 0
         for offset, length in _buffers(header):
-            stored = self._stored(places[offset]) if length else ()
-            size = sum(map(len, stored))
-            padding = -size % _ALIGNMENT
-            body += (*stored, bytes(padding))
+            size = padding = 0
+            if length:
+                prefix, data = self._stored(places[offset])
+                size = len(prefix) + len(data)
+                padding = -size % _ALIGNMENT
+                body += (prefix, data, bytes(padding))
             buffers.append((end, size))
             end += size + padding
         if end < body_length(header):
