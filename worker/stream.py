@@ -30,6 +30,10 @@ READS_BEFORE_FLOW = 2
 # How much of a stream is read and not taken yet, before its last batch: reading goes no further.
 READ_AHEAD_BYTES = TARGET_SIZE
 
+# What one stream holds at most, if its batches are no larger: as much, and a batch more, both of what was taken and of
+# what is read ahead, and a message that is joined, with gRPC's copy of it.
+STREAM_BYTES = 6 * READ_AHEAD_BYTES
+
 
 class ReadThreads:
     """Threads for reads that block, for whoever finds one free."""
