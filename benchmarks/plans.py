@@ -1,5 +1,6 @@
 """The plans that are run. Both servers get the same bytes."""
 
+import math
 import subprocess
 import sysconfig
 import tempfile
@@ -9,7 +10,11 @@ from pathlib import Path
 import pyarrow as pa
 from datafusion import DataFrame, SessionConfig, SessionContext
 
-CACHE = Path(__file__).parent.parent / ".tpch"
+ROOT = Path(__file__).parent.parent
+CACHE = ROOT / ".tpch"
+
+# At scale factor 1: what its strings take in views, and some more.
+MOST_OF_LINEITEM = 1_300_000_000
 
 
 @dataclass(frozen=True)
@@ -20,27 +25,47 @@ class Case:
     rows: int
     size: int
     """Bytes of the result as Arrow data, the same however a server cuts or packs it."""
+    target: float = 1
+    """Of the worker's rate over the other server's."""
+    most: float = math.inf
+    """Of bytes on the wire."""
 
 
 def one_row() -> bytes:
     return SessionContext().sql("SELECT 1 AS one").execution_plan().to_bytes()
 
 
-def floats(rows: int, batch_size: int) -> Case:
+def tpch_query() -> bytes:
+    """TPC-H's q5, six tables joined, over next to no rows: what is left is the plan's own weight."""
+    session = _session(4)
+    for file in _tables("0.01").iterdir():
+        session.register_parquet(file.stem, file)
+    query = (ROOT / "tests" / "data" / "tpch" / "q5.sql").read_text().partition(";")[0]
+    return session.sql(query).execution_plan().to_bytes()
+
+
+def floats(rows: int, batch_size: int, target: float = 1) -> Case:
     """Eight columns of float64, so cheap to compute that sending them is most of the work."""
     session = _session(1, {"datafusion.execution.batch_size": str(batch_size)})
     columns = ", ".join(f"value + {number}.5 AS c{number}" for number in range(8))
     plan = session.sql(f"SELECT {columns} FROM range({rows})").execution_plan()
-    return Case(f"8 x float64, {batch_size // 1024} k rows a batch", plan.to_bytes(), 1, rows, rows * 8 * 8)
+    return Case(f"8 x float64, {batch_size // 1024} k rows a batch", plan.to_bytes(), 1, rows, rows * 8 * 8, target)
 
 
 def lineitem(scale: str, partitions: tuple[int, ...]) -> list[Case]:
     """The largest table of TPC-H out of Parquet: strings as views, dates, decimals."""
-    file = _lineitem_file(scale)
+    file = _tables(scale, "lineitem") / "lineitem.parquet"
     rows, size = _measure(_table(file, 1))
     plans = [_table(file, target).execution_plan() for target in partitions]
     return [
-        Case(f"lineitem, {_partitions(plan.partition_count)}", plan.to_bytes(), plan.partition_count, rows, size)
+        Case(
+            f"lineitem, {_partitions(plan.partition_count)}",
+            plan.to_bytes(),
+            plan.partition_count,
+            rows,
+            size,
+            most=MOST_OF_LINEITEM * float(scale),
+        )
         for plan in plans
     ]
 
@@ -71,18 +96,20 @@ def _measure(frame: DataFrame) -> tuple[int, int]:
     return rows, size
 
 
-def _lineitem_file(scale: str) -> Path:
-    folder = CACHE / f"scale-{scale}"
+def _tables(scale: str, *names: str) -> Path:
+    """A folder with TPC-H's tables, or those of some names; made once."""
+    folder = CACHE / "-".join(("scale", scale, *names))
     if not folder.exists():
         CACHE.mkdir(exist_ok=True)
         generator = Path(sysconfig.get_path("scripts")) / "tpchgen-cli"
         # Renamed when it is whole, so that a run that was broken off leaves no half of a table.
         with tempfile.TemporaryDirectory(dir=CACHE) as unfinished:
             made = Path(unfinished) / "tables"
+            chosen = ["--tables", ",".join(names)] if names else []
             subprocess.run(
-                [generator, "parquet", "-s", scale, "--tables", "lineitem", f"--output-dir={made}"],
+                [generator, "parquet", "-s", scale, *chosen, f"--output-dir={made}"],
                 check=True,
                 stdout=subprocess.DEVNULL,
             )
             made.rename(folder)
-    return folder / "lineitem.parquet"
+    return folder

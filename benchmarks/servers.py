@@ -1,11 +1,14 @@
-"""Servers in processes of their own, which end with the benchmark, whatever ends it."""
+"""Servers and helpers in processes of their own, which end with the benchmark, whatever ends it."""
 
 import ctypes
+import multiprocessing
+import os
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +16,7 @@ from typing import NoReturn
 
 COMMANDS = {
     "worker": ("-m", "worker", "--port", "0", "--grace", "0", "--log-level", "error"),
-    "pyarrow.flight": (
-        "-m",
-        "benchmarks.flight_server",
-    ),
+    "pyarrow.flight": ("-m", "benchmarks.flight_server"),
 }
 STOP_SECONDS = 5
 PR_SET_PDEATHSIG = 1
@@ -36,6 +36,12 @@ class Server:
             raise RuntimeError(f"the {self.name} server has ended")
         return int(found[1]) * 1024
 
+    def cpu_seconds(self) -> float:
+        """What all its threads have used so far, in ticks of 0.01 s."""
+        _, _, fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")
+        user, system = fields.split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
 
 @contextmanager
 def running_servers() -> Iterator[list[Server]]:
@@ -45,6 +51,11 @@ def running_servers() -> Iterator[list[Server]]:
         signal.signal(number, _exit)
     with ExitStack() as stack:
         yield [stack.enter_context(_running(name, command)) for name, command in COMMANDS.items()]
+
+
+def helper() -> ProcessPoolExecutor:
+    """One process more, which does what it is given with no other's GIL in its way."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_die_with_parent)
 
 
 @contextmanager

@@ -1,91 +1,76 @@
-"""``python -m benchmarks.throughput``: how many bytes and messages a second come through either server."""
+"""``python -m benchmarks.throughput``: the worker next to ``pyarrow.flight``'s C++ server, in one run of turns."""
 
-import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from statistics import median
-
-from pyarrow import flight
+import argparse
+from contextlib import ExitStack
+from pathlib import Path
 
 from benchmarks import plans
-from benchmarks.report import MEGABYTE, arguments, print_circumstances, print_memory, print_table
-from benchmarks.servers import running_servers
-from worker import plan_ticket
+from benchmarks.life import print_life
+from benchmarks.memory import print_memory
+from benchmarks.queries import print_queries
+from benchmarks.rates import costs, measure, print_costs, print_rates
+from benchmarks.report import print_circumstances
+from benchmarks.servers import helper, running_servers
+from benchmarks.wire import print_wire
 
-ROUNDS = 7
+ROUNDS = 5
+SECONDS_A_RESULT = 20
+SECONDS_OF_QUERIES = 1.5
+LIVES = 200
+# Enough that no client process is busy all the time, which would measure the client's GIL.
+CLIENT_PROCESSES = 4
 QUICK_SHARE = 8
 
 
-@dataclass(frozen=True)
-class Run:
-    seconds: float
-    messages: int
-
-
 def main() -> None:
-    parser = arguments("python -m benchmarks.throughput", ROUNDS)
-    parser.add_argument("--scale", help="TPC-H's scale factor (default: 1, with --quick 0.1)")
-    options = parser.parse_args()
-    with running_servers() as (worker, other):
+    options = _arguments()
+    share = QUICK_SHARE if options.quick else 1
+    with ExitStack() as stack:
+        worker, other = stack.enter_context(running_servers())
+        fresh = stack.enter_context(running_servers())
+        helpers = [stack.enter_context(helper()) for _ in range(CLIENT_PROCESSES)]
         print_circumstances(options)
-        with flight.connect(worker.url) as to_worker, flight.connect(other.url) as to_other:
-            rows = [
-                _compare(case, to_worker, to_other, options.rounds) for case in _cases(options.quick, options.scale)
-            ]
-        print_table(
-            (
-                "case",
-                "worker MB/s",
-                "pyarrow.flight MB/s",
-                "worker messages/s",
-                "pyarrow.flight messages/s",
-                "worker / pyarrow.flight",
-            ),
-            rows,
-        )
-        print_memory((worker, other))
+
+        cases = _cases(share, options.scale or ("0.1" if options.quick else "1"))
+        seconds = 0 if options.quick else SECONDS_A_RESULT
+        measured = {case: measure(case, worker, other, helpers[0], options.rounds, seconds) for case in cases}
+        print_rates(measured)
+        found = costs(measured)
+        print_costs(found)
+        if options.plot is not None:
+            from benchmarks.plot import draw  # only those who want a plot need what draws it
+
+            draw(found, options.plot)
+        print_wire(cases, worker, other)
+        print_queries(plans.one_row(), worker, other, helpers, options.rounds, SECONDS_OF_QUERIES / share)
+        lives = {"one row": plans.one_row(), "TPC-H q5": plans.tpch_query()}
+        print_life(lives, worker, other, helpers[0], LIVES // share)
+        print_memory(cases[2], (worker, other), tuple(fresh))
 
 
-def _cases(quick: bool, scale: str | None) -> list[plans.Case]:
-    share = QUICK_SHARE if quick else 1
-    sizes = ((2_000_000, 1024), (4_000_000, 8192), (8_000_000, 65536))
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks.throughput")
+    parser.add_argument("--rounds", type=_positive, default=ROUNDS, help="the least number of turns of each server")
+    parser.add_argument("--quick", action="store_true", help="less data and fewer requests, for a look")
+    parser.add_argument("--scale", help="TPC-H's scale factor (default: 1, with --quick 0.1)")
+    parser.add_argument("--plot", type=Path, help="draws where the time goes into this file, an SVG or PNG")
+    return parser.parse_args()
+
+
+def _cases(share: int, scale: str) -> list[plans.Case]:
+    # Small batches are where Python could lose most, and joining them win most.
+    sizes = ((2_000_000, 1024, 2.0), (4_000_000, 8192, 1.0), (8_000_000, 65536, 1.0))
     return [
-        *(plans.floats(rows // share, batch_size) for rows, batch_size in sizes),
-        *plans.lineitem(scale or ("0.1" if quick else "1"), (4, 1)),
+        *(plans.floats(rows // share, batch_size, target) for rows, batch_size, target in sizes),
+        *plans.lineitem(scale, (1, 4)),
     ]
 
 
-def _compare(
-    case: plans.Case, to_worker: flight.FlightClient, to_other: flight.FlightClient, rounds: int
-) -> tuple[str, ...]:
-    # The first turn of each is not counted: it opens connections and warms caches.
-    runs = [(_run(case, to_worker), _run(case, to_other)) for _ in range(rounds + 1)][1:]
-    sides = tuple(zip(*runs, strict=True))
-    rates = [median(case.size / run.seconds / MEGABYTE for run in side) for side in sides]
-    messages = [median(run.messages / run.seconds for run in side) for side in sides]
-    ratio = median(other.seconds / worker.seconds for worker, other in runs)
-    return (case.name, *(f"{rate:.0f}" for rate in rates), *(f"{rate:.0f}" for rate in messages), f"{ratio:.2f}")
-
-
-def _run(case: plans.Case, client: flight.FlightClient) -> Run:
-    """All partitions at once, each in a thread."""
-    tickets = [flight.Ticket(plan_ticket(case.plan, partition)) for partition in range(case.partitions)]
-    with ThreadPoolExecutor(case.partitions) as threads:
-        start = time.perf_counter()
-        read = list(threads.map(lambda ticket: _read(client, ticket), tickets))
-        seconds = time.perf_counter() - start
-    rows, messages = (sum(numbers) for numbers in zip(*read, strict=True))
-    if rows != case.rows:
-        raise RuntimeError(f"{case.name}: {rows} rows came, {case.rows} are right")
-    return Run(seconds, messages)
-
-
-def _read(client: flight.FlightClient, ticket: flight.Ticket) -> tuple[int, int]:
-    rows = messages = 0
-    for chunk in client.do_get(ticket):
-        rows += chunk.data.num_rows
-        messages += 1
-    return rows, messages
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""The benchmarks run, and print the ratios that they are for."""
+"""The benchmark runs, and prints the ratios that it is for, each with whether it holds."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -9,21 +10,80 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
+RESULTS = (
+    "8 x float64, 1 k rows a batch",
+    "8 x float64, 8 k rows a batch",
+    "8 x float64, 64 k rows a batch",
+    "lineitem, 1 partition",
+    "lineitem, 4 partitions at once",
+)
 
-def printed(benchmark: str, *arguments: str) -> str:
-    command = [sys.executable, "-m", f"benchmarks.{benchmark}", "--quick", "--rounds", "1", *arguments]
-    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-
-
-@pytest.mark.slow
-def test_the_throughput_of_both_servers_and_its_ratio_are_printed_for_every_case() -> None:
-    output = printed("throughput", "--scale", "0.1")
-    for case in ("8 x float64, 1 k", "8 x float64, 8 k", "8 x float64, 64 k", "lineitem, 4 part", "lineitem, 1 part"):
-        assert re.search(rf"^{case}.*(\s+\d+){{4}}\s+\d+\.\d\d$", output, re.MULTILINE), output
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
-def test_the_latency_in_process_and_of_both_servers_and_their_ratios_are_printed() -> None:
-    output = printed("latency")
-    for row in ("in-process", "worker", "pyarrow.flight", "worker / in-process", "worker / pyarrow.flight"):
-        assert re.search(rf"^{row}\s+\d+\.\d\d\s+\d+\.\d\d\s+[\d.]+$", output, re.MULTILINE), output
+@pytest.fixture(scope="module")
+def plot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plot") / "plot.svg"
+
+
+@pytest.fixture(scope="module")
+def printed(plot: Path) -> dict[str, list[list[str]]]:
+    """The cells of every table, by the first words of its title."""
+    drawing = ["--plot", str(plot)] if importlib.util.find_spec("matplotlib") else []
+    command = [sys.executable, "-m", "benchmarks.throughput", "--quick", "--rounds", "1", *drawing]
+    output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    _circumstances, *parts = output.split("\n\n")
+    titles, tables = parts[::2], parts[1::2]
+    return {
+        re.split(r"[:;,]| in MB", title)[0]: [re.split(r" {2,}", line) for line in table.splitlines()[2:]]
+        for title, table in zip(titles, tables, strict=True)
+    }
+
+
+def test_every_rate_is_printed_with_its_ratio_and_target(printed: dict[str, list[list[str]]]) -> None:
+    assert tuple(row[0] for row in printed["Rates"]) == RESULTS
+    for _, *rates, _rounds, ratio, target, holds in printed["Rates"]:
+        assert all(int(rate.replace(",", "")) > 0 for rate in rates)
+        assert holds == ("yes" if float(ratio) >= float(target) else "NO")
+
+
+def test_the_seconds_a_gigabyte_are_printed_in_their_parts(printed: dict[str, list[list[str]]]) -> None:
+    assert tuple(row[0] for row in printed["Seconds a GB"]) == RESULTS
+    assert all(float(seconds) > 0 for row in printed["Seconds a GB"] for seconds in row[1:5])
+
+
+def test_the_bytes_on_the_wire_are_counted(printed: dict[str, list[list[str]]]) -> None:
+    assert tuple(row[0] for row in printed["Bytes on the wire"]) == RESULTS
+    for _, worker, flight, ratio, fits, _, _, largest, _, small in printed["Bytes on the wire"]:
+        assert float(ratio) == pytest.approx(float(worker) / float(flight), abs=0.01)
+        assert (fits, small) == ("yes", "yes")
+        assert 0 < int(largest.replace(",", "")) <= 4 << 20
+    one_million_floats, *_ = (row for row in printed["Bytes on the wire"] if "64 k" in row[0])
+    assert float(one_million_floats[1]) == pytest.approx(64, rel=0.01)
+
+
+def test_the_queries_a_second_are_printed_for_each_number_of_clients(printed: dict[str, list[list[str]]]) -> None:
+    rows = printed["Queries of one row a second"]
+    assert [row[0] for row in rows] == ["1", "8", "64"]
+    assert all(float(row[3]) > 0 and row[5] in {"yes", "NO"} for row in rows)
+
+
+def test_the_pieces_of_a_streams_life_are_printed(printed: dict[str, list[list[str]]]) -> None:
+    for title in ("A stream's life in process", "The same seen by a client"):
+        assert [row[0] for row in printed[title]] == ["one row", "TPC-H q5"]
+        assert all(float(milliseconds) > 0 for row in printed[title] for milliseconds in row[1:])
+
+
+def test_the_peak_memory_of_both_servers_is_printed(printed: dict[str, list[list[str]]]) -> None:
+    rows = printed["Peak resident memory"]
+    assert [row[0] for row in rows] == ["worker", "pyarrow.flight"]
+    for _, _, fresh, one, many, _ in rows:
+        assert 0 < float(fresh) < float(one) < float(many)
+
+
+@pytest.mark.usefixtures("printed")
+def test_the_plot_is_drawn(plot: Path) -> None:
+    pytest.importorskip("matplotlib")
+    drawn = plot.read_text()
+    assert all(result in drawn for result in RESULTS)
+    assert len(drawn) < 50_000

@@ -1,0 +1,52 @@
+"""What the worker does with a result before gRPC gets it, in this process: the parts of the wall time."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeAlias
+
+import pyarrow as pa
+from datafusion import ExecutionPlan
+
+from benchmarks.plans import Case
+from worker import SessionStateBuilder, flight_data, keep_freed_memory
+from worker.encode import Encoder
+
+Use: TypeAlias = Callable[[Iterable[pa.RecordBatch]], None]
+
+
+def read_seconds(case: Case) -> float:
+    """DataFusion alone: its batches are read and dropped."""
+    return _seconds(case, _read)
+
+
+def encode_seconds(case: Case) -> float:
+    """The same, and each batch encoded into the bytes that gRPC would send."""
+    return _seconds(case, _encode)
+
+
+def _seconds(case: Case, use: Use) -> float:
+    """All partitions at once, each in a thread."""
+    keep_freed_memory()
+    with ThreadPoolExecutor(case.partitions) as threads:
+        start = time.perf_counter()
+        list(threads.map(lambda partition: use(_batches(case.plan, partition)), range(case.partitions)))
+        return time.perf_counter() - start
+
+
+def _batches(plan: bytes, partition: int) -> Iterator[pa.RecordBatch]:
+    session = SessionStateBuilder().build()
+    return (batch.to_pyarrow() for batch in session.execute(ExecutionPlan.from_bytes(session, plan), partition))
+
+
+def _read(batches: Iterable[pa.RecordBatch]) -> None:
+    for _batch in batches:
+        pass
+
+
+def _encode(batches: Iterable[pa.RecordBatch]) -> None:
+    encoder = None
+    for batch in batches:
+        encoder = encoder or Encoder(batch.schema)
+        for message in encoder.encode(batch):
+            flight_data.serialize(message)
