@@ -55,6 +55,7 @@ class SessionStateBuilder:
         self._physical_codecs: list[tuple[PhysicalExtensionCodecExportable, str | None]] = []
         self._extensions: list[SessionComponentsExportable | SessionPlannerExportable] = []
         self._python_udf_inlining = False
+        self._partition_wise: SessionContext | None = None
 
     @property
     def expands_views(self) -> bool:
@@ -157,6 +158,18 @@ class SessionStateBuilder:
             session = session.with_physical_extension_codec(codec, codec_id)
         if self._extensions:
             session = session.with_extensions(*self._extensions)
+        session = session.with_python_udf_inlining(enabled=self._python_udf_inlining)
+        if PARTITION_WISE_OPTIONS.items() <= self._options.items():
+            self._partition_wise = session
+        return session
+
+    def finish(self, session: SessionContext) -> SessionContext:
+        """The session of a request as plans are decoded and executed in it here, whoever made it.
+
+        One that is not as ``build`` returned it is told what partition-wise execution needs, which blocks for 0.1 ms.
+        """
+        if session is not self._partition_wise:
+            apply_partition_wise_options(session)
         return session.with_python_udf_inlining(enabled=self._python_udf_inlining)
 
 
@@ -219,7 +232,7 @@ class SessionBuilder:
         self._threads = ThreadPoolExecutor(BUILDER_THREADS, thread_name_prefix="worker-session")
 
     async def build_session_state(self, ctx: WorkerQueryContext) -> SessionContext:
-        """Awaits the builder.
+        """Awaits the builder, and finishes what it made.
 
         Raises:
             WorkerError: whatever the builder raised of these.
@@ -241,7 +254,7 @@ class SessionBuilder:
                 f"the session builder returned {type(session).__name__}, a datafusion.SessionContext is right: "
                 "does it end in 'return ctx.builder.build()'?"
             )
-        return session
+        return ctx.builder.finish(session)
 
     def map(self, change: Callable[[SessionContext], SessionContext | Awaitable[SessionContext]]) -> "SessionBuilder":
         """A builder that hands the session of this one to ``change`` and answers with what comes back."""

@@ -1,7 +1,7 @@
 """Tasks: one instance of a plan each, found by who asks and by stage key, and the streams of their partitions."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,7 +13,6 @@ from datafusion import ExecutionPlan, RecordBatchStream, SessionContext
 from worker import plan
 from worker.errors import PartitionOutOfRange, StageKeyConflict, Unavailable
 from worker.partitionwise import make_partitions_independent
-from worker.session import apply_partition_wise_options
 from worker.stream import PartitionStream, ReadThreads, let_go
 from worker.ticket import PlanTicket
 
@@ -22,6 +21,10 @@ T = TypeVar("T")
 # Decoding holds the GIL, so that more threads make nothing faster. ``execute`` waits for a free thread of DataFusion's
 # runtime; while other plans keep those busy for long, nothing that is decoded behind it could run either.
 THREADS = 8
+
+# Plans of up to so many bytes are decoded on the event loop: a thread would hold the GIL, and the loop with it, for as
+# long (0.1 to 0.5 ms), and to get there and back takes longer than that.
+SMALL_PLAN = 8 * 1024
 
 # A partition that nobody will read is polled before it is dropped: only then does a RepartitionExec know that nobody
 # reads it, and stops to buffer for it. The poll happens in DataFusion's runtime, at once unless that is busy.
@@ -48,7 +51,7 @@ class Task:
         self._instance = instance
         self._unasked = set(range(instance.partition_count))
         self._executed: set[int] = set()
-        self._schema: asyncio.Task[pa.Schema] | None = None
+        self._schema: asyncio.Future[pa.Schema] | None = None
         self.partition_count: int = instance.partition_count
 
     @property
@@ -87,7 +90,7 @@ class Task:
         self._executed.add(partition)
         if alone and self.partition_count > 1:
             self._abandon(instance, set(range(self.partition_count)) - {partition})
-        execution = asyncio.ensure_future(self._tasks.in_thread(self._session.execute, instance, partition))
+        execution = self._tasks.in_thread(self._session.execute, instance, partition)
         try:
             with plan.execution_errors():
                 return self._tasks.stream(await asyncio.shield(execution))
@@ -104,7 +107,7 @@ class Task:
 
     def _abandon(self, instance: ExecutionPlan, partitions: set[int]) -> None:
         executions = [
-            asyncio.ensure_future(self._tasks.in_thread(self._session.execute, exchange, partition - first))
+            self._tasks.in_thread(self._session.execute, exchange, partition - first)
             for exchange, first in _repartitions(instance)
             for partition in partitions
             if 0 <= partition - first < exchange.partition_count
@@ -124,7 +127,7 @@ class Tasks:
         self._idle_time = idle_time
         self._closed = False
         self._entries: dict[Hashable, _Entry] = {}
-        self._background: set[asyncio.Task[Any]] = set()
+        self._background: set[asyncio.Future[Any]] = set()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="worker-plan")
         self._read_threads = ReadThreads()
         self._streams: set[PartitionStream] = set()
@@ -192,11 +195,11 @@ class Tasks:
         """What reads an executed partition."""
         return PartitionStream(executed, self._read_threads)
 
-    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+    def in_thread(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
         """What a blocking function returns."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+        return asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
-    def in_background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    def in_background(self, work: Awaitable[T]) -> asyncio.Future[T]:
         """Runs what may outlive the request that caused it; ``close`` ends it."""
         running = asyncio.ensure_future(work)
         self._background.add(running)
@@ -225,9 +228,10 @@ class Tasks:
         key: Hashable = object() if ticket.stage_key is None else (principal, ticket.stage_key)
         entry = self._entries.get(key)
         if entry is None:
-            making = self.in_background(self._make(session, ticket.plan, python_udf_inlining))
+            making = self._make(session, ticket.plan, python_udf_inlining)
             entry = self._entries[key] = _Entry(key, ticket, making)
-            making.add_done_callback(lambda _: self._forget_if_failed(entry))
+            if not making.done():
+                making.add_done_callback(lambda _: self._forget_if_failed(entry))
         elif entry.ticket.plan != ticket.plan:
             raise StageKeyConflict(f"stage key {ticket.stage_key} already stands for another plan: make a new key")
         entry.enter()
@@ -249,9 +253,18 @@ class Tasks:
             task.give_up(partition)
         self._leave(entry)
 
-    async def _make(self, session: SessionContext, plan_bytes: bytes, python_udf_inlining: bool) -> Task:
+    def _make(self, session: SessionContext, plan_bytes: bytes, python_udf_inlining: bool) -> asyncio.Future[Task]:
         self._plans_decoded += 1
-        return Task(self, *await self.in_thread(_prepare, session, plan_bytes, python_udf_inlining))
+        # A function that is unpickled may do anything, and for long.
+        if len(plan_bytes) <= SMALL_PLAN and not python_udf_inlining:
+            made: asyncio.Future[Task] = asyncio.get_running_loop().create_future()
+            made.set_result(Task(self, session, *_prepare(session, plan_bytes, python_udf_inlining)))
+            return made
+
+        async def make() -> Task:
+            return Task(self, session, *await self.in_thread(_prepare, session, plan_bytes, python_udf_inlining))
+
+        return self.in_background(make())
 
     def _forget(self, entry: "_Entry") -> None:
         if self._entries.get(entry.key) is entry:
@@ -269,7 +282,7 @@ class _Entry:
 
     key: Hashable
     ticket: PlanTicket
-    making: asyncio.Task[Task]
+    making: asyncio.Future[Task]
     users: int = 0
     idling: asyncio.TimerHandle | None = None
 
@@ -294,19 +307,15 @@ class _Entry:
             self.idling = None
 
 
-def _prepare(
-    session: SessionContext, plan_bytes: bytes, python_udf_inlining: bool
-) -> tuple[SessionContext, bytes, ExecutionPlan]:
-    """The session and the plan as they are used here, and a first instance."""
-    apply_partition_wise_options(session)
-    # Dropping the pickles makes the names be looked up; the strict session makes sure that none is unpickled.
+def _prepare(session: SessionContext, plan_bytes: bytes, python_udf_inlining: bool) -> tuple[bytes, ExecutionPlan]:
+    """The plan as it is executed here, and a first instance."""
+    # Dropping the pickles makes the names be looked up; the session makes sure that none is unpickled.
     if not python_udf_inlining:
         plan_bytes = plan.without_python_udfs(plan_bytes)
-    session = session.with_python_udf_inlining(enabled=python_udf_inlining)
     message = plan.parse(plan_bytes)
     if make_partitions_independent(session, message):
         plan_bytes = message.SerializeToString()
-    return session, plan_bytes, plan.decode(session, plan_bytes)
+    return plan_bytes, plan.decode(session, plan_bytes)
 
 
 def _repartitions(node: ExecutionPlan, first: int = 0) -> Iterator[tuple[ExecutionPlan, int]]:
