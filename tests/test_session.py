@@ -410,6 +410,34 @@ def test_what_partition_wise_execution_needs_is_set(name: str) -> None:
     assert _option(SessionStateBuilder().build(), name) == PARTITION_WISE_OPTIONS[name]
 
 
+def _overridden(builder: SessionStateBuilder) -> SessionContext:
+    """In which what partition-wise execution needs is otherwise, because the builder was told so."""
+    session = builder.with_config_options(dict.fromkeys(PARTITION_WISE_OPTIONS, True)).build()
+    # What it is told after that changes nothing of the session.
+    builder.with_config_options(PARTITION_WISE_OPTIONS)
+    return session
+
+
+@pytest.mark.parametrize("name", PARTITION_WISE_OPTIONS)
+@pytest.mark.parametrize("make", [_overridden, lambda builder: SessionContext()], ids=["overridden", "bare"])
+async def test_what_partition_wise_execution_needs_is_set_on_every_session_that_lacks_it(
+    make: Callable[[SessionStateBuilder], SessionContext], name: str
+) -> None:
+    async def build(ctx: WorkerQueryContext) -> SessionContext:
+        return make(ctx.builder)
+
+    assert _option(make(SessionStateBuilder()), name) != PARTITION_WISE_OPTIONS[name]
+    assert _option(await SessionBuilder(build).build_session_state(_context()), name) == PARTITION_WISE_OPTIONS[name]
+
+
+def test_a_session_is_taken_as_the_builder_made_it_until_that_is_told_to_refuse_pickles() -> None:
+    builder = SessionStateBuilder().with_python_udf_inlining()
+    session = builder.build()
+    assert builder.finish(session) is session
+    assert builder.with_python_udf_inlining(False).finish(session) is not session
+    assert SessionStateBuilder().finish(session) is not session
+
+
 def test_a_context_shows_neither_principal_nor_header_values() -> None:
     context = WorkerQueryContext(SessionStateBuilder(), Headers([("authorization", "secret")]), principal="alice")
     assert "secret" not in repr(context)

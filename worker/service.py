@@ -77,7 +77,8 @@ class Worker(Flight_pb2_grpc.FlightServiceServicer):
             settings: of which ``host``, ``port`` and what else is about a server have no meaning here.
         """
         self._settings = settings if settings is not None else Settings()
-        self._session_builder = SessionBuilder(session_builder or DefaultSessionBuilder())
+        builder = session_builder or DefaultSessionBuilder()
+        self._session_builder = builder if isinstance(builder, SessionBuilder) else SessionBuilder(builder)
         self._tasks = Tasks(self._settings.idle_time)
         self._principal_key = secrets.token_bytes(32)
         self._requests = 0

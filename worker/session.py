@@ -55,7 +55,7 @@ class SessionStateBuilder:
         self._physical_codecs: list[tuple[PhysicalExtensionCodecExportable, str | None]] = []
         self._extensions: list[SessionComponentsExportable | SessionPlannerExportable] = []
         self._python_udf_inlining = False
-        self._partition_wise: SessionContext | None = None
+        self._finished: tuple[SessionContext, bool] | None = None
 
     @property
     def expands_views(self) -> bool:
@@ -137,6 +137,9 @@ class SessionStateBuilder:
     def build(self) -> SessionContext:
         """A new session with a runtime environment of its own.
 
+        It has what executing one partition needs. Return it as it is: a ``SET`` of ``PARTITION_WISE_OPTIONS`` on it
+        would not be noticed.
+
         Raises:
             ValueError: DataFusion does not know an option, or refuses its value.
         """
@@ -160,17 +163,19 @@ class SessionStateBuilder:
             session = session.with_extensions(*self._extensions)
         session = session.with_python_udf_inlining(enabled=self._python_udf_inlining)
         if PARTITION_WISE_OPTIONS.items() <= self._options.items():
-            self._partition_wise = session
+            self._finished = session, self._python_udf_inlining
         return session
 
     def finish(self, session: SessionContext) -> SessionContext:
-        """The session of a request as plans are decoded and executed in it here, whoever made it.
+        """The session that plans are decoded and executed in, of one that anybody made for this builder's request.
 
-        One that is not as ``build`` returned it is told what partition-wise execution needs, which blocks for 0.1 ms.
+        Where ``build`` did not make it, or was told otherwise, it is given what executing one partition needs. That
+        blocks for 0.1 ms, as long as to build it.
         """
-        if session is not self._partition_wise:
+        if self._finished != (session, self._python_udf_inlining):
             apply_partition_wise_options(session)
-        return session.with_python_udf_inlining(enabled=self._python_udf_inlining)
+            session = session.with_python_udf_inlining(enabled=self._python_udf_inlining)
+        return session
 
 
 @dataclass
