@@ -11,6 +11,9 @@ from datafusion import ExecutionPlan
 from benchmarks.plans import Case
 from worker import SessionStateBuilder, flight_data, keep_freed_memory
 from worker.encode import Encoder
+from worker.stream import READ_AHEAD_BYTES
+
+LIMIT = 4 << 20
 
 Use: TypeAlias = Callable[[Iterable[pa.RecordBatch]], None]
 
@@ -46,7 +49,21 @@ def _read(batches: Iterable[pa.RecordBatch]) -> None:
 
 def _encode(batches: Iterable[pa.RecordBatch]) -> None:
     encoder = None
-    for batch in batches:
-        encoder = encoder or Encoder(batch.schema)
-        for message in encoder.encode(batch):
+    for group in _groups(batches):
+        encoder = encoder or Encoder(group[0].schema, LIMIT)
+        for message in encoder.encode(group):
             flight_data.serialize(message)
+
+
+def _groups(batches: Iterable[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
+    """As many batches together as are read ahead of who sends them."""
+    group: list[pa.RecordBatch] = []
+    size = 0
+    for batch in batches:
+        group.append(batch)
+        size += batch.get_total_buffer_size()
+        if size >= READ_AHEAD_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

@@ -72,8 +72,8 @@ def _life(ticket: bytes) -> dict[str, float]:
     lap("execute")
     batch = next(stream).to_pyarrow()
     lap("first batch")
-    encoder = Encoder(batch.schema)
-    for encoded in (encoder.schema(), *encoder.encode(batch)):
+    encoder = Encoder(batch.schema, 4 << 20)
+    for encoded in (encoder.schema(), *encoder.encode([batch])):
         flight_data.serialize(encoded)
     lap("encode")
     for _batch in stream:

@@ -158,6 +158,7 @@ def test_a_row_larger_than_the_limit_is_an_error_that_names_column_and_size(colu
     assert "max_message_size" in str(caught.value)
     # With a larger limit it is sent.
     _encode([batch], 2 * LIMIT)
+    _encode([batch.slice(1)], 2 * LIMIT)
 
 
 def test_a_schema_larger_than_the_limit_is_an_error() -> None:

@@ -128,7 +128,7 @@ class Encoder:
         # A dictionary that does not fit is replaced by those of the parts, which use less of it.
         fitting = [dictionary for dictionary in dictionaries if dictionary.size <= self._limit]
         yield from fitting
-        if len(fitting) == len(dictionaries) and whole.size <= aim:
+        if len(fitting) == len(dictionaries) and whole.size <= (aim if batch.num_rows > 1 else self._limit):
             yield whole
         elif batch.num_rows > 1:
             rows = ceil(batch.num_rows / max(2, ceil(plain_size / self._target)))

@@ -138,13 +138,18 @@ class Worker(Flight_pb2_grpc.FlightServiceServicer):
         """``DoGet`` for a handler without serializer: writes ``FlightData`` messages that are serialized already."""
         async with aclosing(self._stream(request, context)) as messages:
             async for message in messages:
-                await context.write(flight_data.serialize(message))
+                try:
+                    await context.write(flight_data.serialize(message))
+                except grpc.aio.InternalError:
+                    # The caller has gone: the RPC is cancelled, its handler not yet.
+                    return
 
     async def _stream(self, request: Flight_pb2.Ticket, context: Context) -> AsyncGenerator[Message, None]:
         """A request's life."""
         async with self._answering(context):
             ticket = PlanTicket.from_bytes(request.ticket)
             query = self._query_context(ticket, context)
+            compression = output.compression(query.headers) or self._settings.compression
             session = await self._session_builder.build_session_state(query)
             inlining = query.builder.python_udf_inlining
             async with self._tasks.partition(ticket, query.principal, session, python_udf_inlining=inlining) as (
@@ -155,7 +160,7 @@ class Worker(Flight_pb2_grpc.FlightServiceServicer):
                 encoder = Encoder(
                     group[0].schema if group else await task.schema(),
                     self._settings.max_message_size,
-                    compression=output.compression(query.headers) or self._settings.compression,
+                    compression=compression,
                     expand_views=query.builder.expands_views,
                 )
                 yield self._count(encoder.schema())
