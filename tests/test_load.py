@@ -11,8 +11,9 @@ from typing import Any
 
 import grpc
 import psutil
+import pyarrow as pa
 import pytest
-from datafusion import SessionConfig, SessionContext, col
+from datafusion import SessionConfig, SessionContext, col, udf
 from support import until
 
 from worker import Settings, StageKey, Statistics, WorkerQueryContext, plan_ticket
@@ -151,6 +152,43 @@ async def test_slow_synchronous_builders_do_not_keep_others_from_theirs() -> Non
         assert await asyncio.wait_for(rows(), 5) == 1
         served.set()
         assert await asyncio.gather(*waiting) == [1] * 40
+
+
+async def test_the_loop_goes_on_while_a_request_waits_for_datafusions_threads() -> None:
+    """
+    1. The inputs of a merge, as many as DataFusion has threads, wait in a function, each in one of these.
+    2. Another request's plan, decoded on the event loop, cannot be executed.
+    3. The loop goes on nevertheless, and lets the function return: both are answered.
+    """
+    busy = len(os.sched_getaffinity(0))
+    entered, release = threading.Semaphore(0), threading.Event()
+
+    def wait(values: pa.Array) -> pa.Array:
+        entered.release()
+        assert release.wait(20)
+        return values
+
+    async def build(ctx: WorkerQueryContext) -> SessionContext:
+        return ctx.builder.with_scalar_functions([udf(wait, [pa.int64()], pa.int64(), "volatile", "wait")]).build()
+
+    session = SessionContext()
+    session.register_udf(udf(lambda values: values, [pa.int64()], pa.int64(), "volatile", "wait"))
+    session.register_record_batches("t", [[pa.record_batch({"x": [1]})]] * busy)
+    merge = session.sql("select x from t where wait(x) = 1 limit 1000").execution_plan()
+    assert merge.display().startswith("CoalescePartitionsExec")
+    async with running_worker(build) as running, WorkerClient(running.url) as client:
+
+        async def rows(plan: bytes) -> int:
+            return sum([batch.num_rows async for batch in client.execute(plan, 0)])
+
+        waiting = asyncio.ensure_future(rows(merge.to_bytes()))
+        for _ in range(busy):
+            assert await asyncio.to_thread(entered.acquire, timeout=5)
+        another = asyncio.ensure_future(rows(rows_plan(1, 1)))
+        await until(lambda: running.worker.statistics().plans_decoded == 2)
+        release.set()
+        assert await waiting == busy
+        assert await another == 1
 
 
 async def _drain(call: grpc.aio.UnaryStreamCall[Any, Any]) -> None:
