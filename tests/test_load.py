@@ -16,10 +16,20 @@ import pytest
 from datafusion import SessionConfig, SessionContext, col, udf
 from support import until
 
-from worker import Settings, StageKey, Statistics, WorkerQueryContext, plan_ticket
+from worker import (
+    PlanTicket,
+    SessionStateBuilder,
+    Settings,
+    StageKey,
+    Statistics,
+    Unavailable,
+    WorkerQueryContext,
+    plan_ticket,
+)
 from worker.client import WorkerClient
 from worker.proto.Flight_pb2 import Ticket
 from worker.proto.Flight_pb2_grpc import FlightServiceStub
+from worker.tasks import Tasks
 from worker.testing import RunningWorker, running_worker
 
 MEGABYTE = 1_000_000
@@ -130,6 +140,16 @@ async def test_closing_a_worker_ends_its_streams_and_refuses_new_ones() -> None:
             await anext(client.execute(rows_plan(1, 1), 0))
         assert ended.value.code() is refused.value.code() is grpc.StatusCode.UNAVAILABLE
         await until(lambda: held(running.worker.statistics()) == (0, 0, 0))
+
+
+@pytest.mark.parametrize("alone", [True, False])
+async def test_a_partition_that_was_still_to_be_executed_when_the_worker_closed_is_unavailable(alone: bool) -> None:
+    tasks = Tasks(1)
+    ticket = PlanTicket(rows_plan(1, 2))
+    async with tasks.task(ticket, "ada", SessionStateBuilder().build(), python_udf_inlining=False) as task:
+        await tasks.close()
+        with pytest.raises(Unavailable):
+            await task.execute(0, alone=alone)
 
 
 async def test_slow_synchronous_builders_do_not_keep_others_from_theirs() -> None:

@@ -80,6 +80,7 @@ class Task:
         Raises:
             PartitionOutOfRange: the plan has no such partition.
             ExecutionFailed, EnginePanicked: DataFusion failed.
+            Unavailable: the worker was closed.
         """
         if partition >= self.partition_count:
             raise PartitionOutOfRange(f"partition {partition} not available: the plan has {self.partition_count}")
@@ -196,7 +197,13 @@ class Tasks:
         return PartitionStream(executed, self._read_threads)
 
     def in_thread(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
-        """What a blocking function returns."""
+        """What a blocking function returns.
+
+        Raises:
+            Unavailable: the worker was closed.
+        """
+        if self._closed:
+            raise Unavailable("the worker was closed")
         return asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
     def in_background(self, work: Awaitable[T]) -> asyncio.Future[T]:
