@@ -1,0 +1,46 @@
+"""Every type arrives exactly as DataFusion made it: schema, metadata and values, whole, sliced, and without a batch."""
+
+from collections.abc import AsyncIterator
+
+import pyarrow as pa
+import pytest
+import pytest_asyncio
+from datafusion import SessionContext
+from exact import assert_exact
+from support import do_get, fetch_one
+from type_cases import CASES, NESTED_DICTIONARY, PARTS, in_process
+
+from worker.testing import RunningWorker, running_worker
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def worker() -> AsyncIterator[RunningWorker]:
+    async with running_worker() as running:
+        yield running
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", CASES)
+async def test_what_arrives_is_what_datafusion_makes_in_process(worker: RunningWorker, name: str, part: str) -> None:
+    stream = CASES[name].stream(part)
+    if made := in_process(stream.plan):
+        assert_exact(pa.Table.from_batches(made), stream.schema, stream.batches)
+    assert_exact(await fetch_one(worker, do_get(stream.plan)), stream.schema, stream.batches)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.meant])
+def test_what_is_lost_was_there(name: str) -> None:
+    """Else it would not be lost, and the case about nothing."""
+    case = CASES[name]
+    assert case.batches is not None
+    for meant, made in zip(case.meant, case.batches, strict=True):
+        assert not meant.schema.equals(made.schema, check_metadata=True)
+        assert_exact(pa.Table.from_batches([pa.record_batch(meant.columns, made.schema)]), made.schema, [made])
+
+
+def test_a_dictionary_of_dictionaries_does_not_get_into_a_plan() -> None:
+    """So that there is no such case."""
+    plan = SessionContext().create_dataframe([[NESTED_DICTIONARY]]).execution_plan()
+    with pytest.raises(Exception, match="cannot encode direct dictionary-of-dictionary"):
+        plan.to_bytes()
