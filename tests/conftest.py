@@ -8,8 +8,14 @@ from pathlib import Path
 
 import pytest
 from datafusion import SessionConfig, SessionContext
+from hypothesis import settings
 
 DATA = Path(__file__).parent / "data"
+
+# The same examples each time, so that a failure is of a change. ``--hypothesis-profile thorough`` looks for others.
+settings.register_profile("quick", max_examples=100, derandomize=True, deadline=None)
+settings.register_profile("thorough", max_examples=2000, deadline=None, print_blob=True)
+settings.load_profile("quick")
 
 EXIT_STATUS = pytest.StashKey[int]()
 
