@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 from datafusion import SessionConfig, SessionContext
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 DATA = Path(__file__).parent / "data"
 
 # The same examples each time, so that a failure is of a change. ``--hypothesis-profile thorough`` looks for others.
-settings.register_profile("quick", max_examples=100, derandomize=True, deadline=None)
-settings.register_profile("thorough", max_examples=2000, deadline=None, print_blob=True)
+_any_machine = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("quick", _any_machine, max_examples=100, derandomize=True)
+settings.register_profile("thorough", _any_machine, max_examples=2000, print_blob=True)
 settings.load_profile("quick")
 
 EXIT_STATUS = pytest.StashKey[int]()

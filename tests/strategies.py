@@ -193,10 +193,10 @@ class _Maker:
 
     def _dictionary(self, type_: pa.DataType, length: int, nullable: bool) -> pa.Array:
         known = self._dictionaries.setdefault(type_, [])
-        if known and self._draw(st.booleans()):
+        if self._draw(st.booleans()) and known:
             dictionary = self._draw(st.sampled_from(known))
         else:
-            dictionary = self.array(type_.value_type, self._draw(st.integers(1, 4)), nullable=False)
+            dictionary = self.array(type_.value_type, self._draw(st.integers(1, 4)), nullable)
             known.append(dictionary)
         index = st.integers(0, len(dictionary) - 1)
         indices = pa.array(self._list(index | st.none() if nullable else index, length), type_.index_type)

@@ -1,0 +1,105 @@
+"""Flight clients that nobody here wrote read what the worker sends: ``interop/README.md`` says what they check."""
+
+import asyncio
+import os
+import re
+from asyncio.subprocess import PIPE
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from datafusion import SessionContext
+from exact import assert_exact
+from hypothesis import Phase, given, seed, settings
+from strategies import streams
+from support import do_get, fetch_one
+from type_cases import CASES, PARTS, Stream, in_process
+
+from worker.testing import running_worker
+
+# The executables of the checkers, which ``.ci/interop`` builds.
+CHECKERS = {"rust": "FLIGHT_CHECK_RUST", "go": "FLIGHT_CHECK_GO"}
+
+GENERATED = 200
+
+# A null in a union's child is one of the union to DataFusion, which there is none of where its field says so.
+REFUSED_BY_DATAFUSION = "Found unmasked nulls for non-nullable"
+
+SIZE_0 = re.compile(r"fixed_size_list<.*>\[0\]")
+
+
+def _generated() -> dict[str, Stream]:
+    """Streams that are the same each time, as long as ``hypothesis`` is."""
+    found: list[tuple[pa.Schema, list[pa.RecordBatch]]] = []
+
+    @seed(0)
+    @settings(max_examples=GENERATED, database=None, phases=[Phase.generate])
+    @given(streams())
+    def collect(stream: tuple[pa.Schema, list[pa.RecordBatch]]) -> None:
+        found.append(stream)
+
+    collect()
+    plans = {}
+    for number, (schema, batches) in enumerate(found):
+        if len({*schema.names}) == len(schema.names):
+            plan = SessionContext().create_dataframe([_whole(schema, batches)]).execution_plan().to_bytes()
+            try:
+                in_process(plan)
+            except Exception as error:
+                if REFUSED_BY_DATAFUSION not in str(error):
+                    raise
+            else:
+                plans[f"generated-{number}"] = Stream(plan, schema, batches)
+    assert len(plans) > GENERATED / 2
+    return plans
+
+
+def _ipc(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    return sink.getvalue()
+
+
+def _whole(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> list[pa.RecordBatch]:
+    """The batches with arrays that are no parts of others: arrow-rs does not see those of pyarrow as it does."""
+    return list(pa.ipc.open_stream(_ipc(schema, batches)))
+
+
+@pytest.fixture(scope="module")
+def generated() -> dict[str, Stream]:
+    return _generated()
+
+
+async def test_pyarrow_reads_what_was_generated(generated: dict[str, Stream]) -> None:
+    async with running_worker() as worker:
+        for stream in generated.values():
+            assert_exact(await fetch_one(worker, do_get(stream.plan)), stream.schema, stream.batches)
+
+
+@pytest.mark.parametrize("client", CHECKERS)
+async def test_a_checker_reads_all(client: str, generated: dict[str, Stream], tmp_path: Path) -> None:
+    checker = os.environ.get(CHECKERS[client])
+    if checker is None:
+        pytest.skip(f"{CHECKERS[client]} does not say where the {client} checker is: see interop/README.md")
+    saved = {f"{name}-{part}": case.stream(part) for name, case in CASES.items() for part in PARTS} | generated
+    for name, stream in saved.items():
+        (tmp_path / f"{name}.ticket").write_bytes(do_get(stream.plan))
+        # As DataFusion makes it: pyarrow writes lists of no rows in a way that arrow-rs refuses.
+        (tmp_path / f"{name}.arrow").write_bytes(_ipc(stream.schema, in_process(stream.plan)))
+    async with running_worker() as worker:
+        process = await asyncio.create_subprocess_exec(checker, worker.url, tmp_path, stdout=PIPE)
+        output, _ = await process.communicate()
+    *lines, summary = output.decode().splitlines()
+    assert len(lines) == len(saved), summary
+    failed = {line.removeprefix("FAIL ").partition(":")[0]: line for line in lines if not line.startswith("ok ")}
+    assert failed.keys() == _unread(client, saved), "\n".join(failed.values())
+
+
+def _unread(client: str, saved: Mapping[str, Stream]) -> set[str]:
+    unread = {f"{name}-{part}" for name, case in CASES.items() for part in PARTS if client in case.unread_by}
+    if client == "go":
+        unread |= {name for name, stream in saved.items() if SIZE_0.search(str(stream.schema.types))}
+    return unread
