@@ -1,6 +1,7 @@
 """Every type arrives exactly as DataFusion made it: schema, metadata and values, whole, sliced, and without a batch."""
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -8,7 +9,7 @@ import pytest_asyncio
 from datafusion import SessionContext
 from exact import assert_exact
 from support import do_get, fetch_one
-from type_cases import CASES, NESTED_DICTIONARY, PARTS, in_process
+from type_cases import CASES, CLIENTS, NESTED_DICTIONARY, PARTS, in_process
 
 from worker.testing import RunningWorker, running_worker
 
@@ -44,3 +45,18 @@ def test_a_dictionary_of_dictionaries_does_not_get_into_a_plan() -> None:
     plan = SessionContext().create_dataframe([[NESTED_DICTIONARY]]).execution_plan()
     with pytest.raises(Exception, match="cannot encode direct dictionary-of-dictionary"):
         plan.to_bytes()
+
+
+def test_the_table_in_the_documentation_is_of_these_cases() -> None:
+    lines = (Path(__file__).parent.parent / "docs" / "types.md").read_text().splitlines()
+    _header, _line, *table = [line for line in lines if line.startswith("| ")]
+    assert table == [_documented(row) for row in dict.fromkeys(case.row for case in CASES.values())]
+
+
+def _documented(row: str) -> str:
+    cases = [case for case in CASES.values() if case.row == row]
+    lost = any(case.meant or case.schema_alone for case in cases)
+    unread = {client for case in cases for client in case.unread_by}
+    read = ["in part" if lost or client in unread else "exact" for client in CLIENTS]
+    notes = "; ".join(dict.fromkeys(case.note for case in cases if case.note))
+    return f"| {' | '.join([row, ', '.join(case.variant or 'plain' for case in cases), *read, notes])} |"

@@ -13,12 +13,10 @@ from datafusion import DataFrame, ExecutionPlan, SessionContext
 LONG = "a string that is too long to stand inside of a view"
 
 # What there is to be said of a case, and stands in the table of the documentation.
-MAP_SORTED = "pyarrow does not hand on that a map's keys are sorted"
-MAP_NAMES = "pyarrow gives the fields of a map its own names"
-ORDERED = (
-    "whether a dictionary is ordered does not arrive where there is no batch: DataFusion's Python package loses it"
-)
-NO_CLASS = "pyarrow reads, compares and writes it, but has no class that would show its values"
+MAP_SORTED = "DataFusion's Python package loses that a map's keys are sorted"
+MAP_NAMES = "pyarrow calls the fields of every map key and value"
+ORDERED = "without a batch, DataFusion's Python package loses that a dictionary is ordered"
+NO_CLASS = "pyarrow reads, compares and writes it, but does not show its values"
 GO_SIZE_0 = "arrow-go takes no list of size 0"
 
 CLIENTS = ("pyarrow", "rust", "go")
@@ -40,6 +38,7 @@ class Case:
 
     row: str
     """The row of ``docs/types.md`` that it is a case of."""
+    variant: str
     frame: Callable[[SessionContext], DataFrame]
     batches: Sequence[pa.RecordBatch] | None
     """What the frame makes; None where pyarrow cannot make it, so that only DataFusion can say."""
@@ -76,8 +75,8 @@ def in_process(plan: bytes) -> list[pa.RecordBatch]:
 CASES: dict[str, Case] = {}
 
 
-def _add(row: str, variant: str, case: Case) -> None:
-    name = "-".join([*row.split(), *variant.split()])
+def _add(case: Case) -> None:
+    name = "-".join([*case.row.split(), *case.variant.split()])
     assert name not in CASES, name
     CASES[name] = case
 
@@ -87,7 +86,7 @@ def _table(batches: Sequence[pa.RecordBatch]) -> Callable[[SessionContext], Data
 
 
 def _batches(row: str, *batches: pa.RecordBatch, variant: str = "", **options: Any) -> None:
-    _add(row, variant, Case(row, _table(options.get("meant", batches)), batches, **options))
+    _add(Case(row, variant, _table(options.get("meant", batches)), batches, **options))
 
 
 def _batch(*arrays: pa.Array) -> pa.RecordBatch:
@@ -149,8 +148,8 @@ _months, _days = (
     _of_texts("Interval(YearMonth)", "1 month", "-3 years"),
     _of_texts("Interval(DayTime)", "1 day", "-5 ms"),
 )
-_add("interval year month", "", Case("interval year month", _months, None, note=NO_CLASS))
-_add("interval day time", "", Case("interval day time", _days, None, note=NO_CLASS))
+_add(Case("interval year month", "", _months, None, note=NO_CLASS))
+_add(Case("interval day time", "", _days, None, note=NO_CLASS))
 for type_ in (pa.string(), pa.large_string(), pa.string_view()):
     _values(str(type_).replace("_", " "), type_, LONG, "ü")
     _values(str(type_).replace("_", " "), type_, "", "", "empty")
@@ -460,7 +459,7 @@ def _self_join(session: SessionContext) -> DataFrame:
 
 
 _twice = pa.RecordBatch.from_arrays([pa.array([1, 2, None]), pa.array(["x", "x", "x"])], names=["a", "a"])
-_add("duplicate names", "", Case("duplicate names", _self_join, [_twice]))
+_add(Case("duplicate names", "", _self_join, [_twice]))
 _batches("no columns", *(pa.record_batch({"a": list(range(n))}).select([]) for n in (3, 4)))
 _batches("no columns", pa.record_batch({"a": pa.array([], pa.int8())}).select([]), variant="and no rows")
 
@@ -485,7 +484,7 @@ _batches("zero rows", _MANY.slice(0, 0))
 _batches(
     "zero rows", _MANY.slice(0, 0), _MANY.slice(0, 3), _MANY.slice(5, 0), _MANY.slice(3, 4), variant="in some batches"
 )
-_add("zero batches", "", Case("zero batches", lambda s: s.create_dataframe([[_MANY]]).limit(0), []))
+_add(Case("zero batches", "", lambda s: s.create_dataframe([[_MANY]]).limit(0), []))
 _batches("sliced", *(_MANY.slice(start, 5) for start in (1, 3, 7, 13)))
 _batches("sliced", *(_MANY.slice(row, 1) for row in range(7)), variant="into rows")
 _ALL_SET = pa.Array.from_buffers(pa.int64(), 3, [pa.py_buffer(b"\xff"), pa.array([1, 2, 3]).buffers()[1]])
