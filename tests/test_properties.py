@@ -14,9 +14,9 @@ from worker.message import Message
 Stream = tuple[pa.Schema, Sequence[pa.RecordBatch]]
 
 
-def _encoded(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> list[Message]:
-    encoder = Encoder(schema)
-    return [encoder.schema(), *(message for batch in batches for message in encoder.encode(batch))]
+def _encoded(schema: pa.Schema, batches: Sequence[pa.RecordBatch]) -> list[Message]:
+    encoder = Encoder(schema, 4 << 20)
+    return [encoder.schema(), *encoder.encode(batches)]
 
 
 def _read(messages: Iterable[Message]) -> pa.Table:
