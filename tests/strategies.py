@@ -110,16 +110,24 @@ def _fields(draw: st.DrawFn, depth: int = 2) -> pa.Field:
 
 
 class _Maker:
-    """Makes the arrays of one stream, which may have dictionaries in common."""
+    """Makes the arrays of one stream, which may be parts of the same memory, and have dictionaries in common."""
 
     def __init__(self, draw: st.DrawFn) -> None:
         self._draw = draw
+        self._wholes: dict[tuple[pa.DataType, bool], list[pa.Array]] = {}
         self._dictionaries: dict[pa.DataType, list[pa.Array]] = {}
 
     def array(self, type_: pa.DataType, length: int, nullable: bool) -> pa.Array:
-        """An array, which is a part of a longer one."""
-        before, after = self._draw(st.integers(0, 3)), self._draw(st.integers(0, 2))
-        return self._whole(type_, before + length + after, nullable).slice(before, length)
+        """A part of an array that is longer."""
+        wholes = self._wholes.setdefault((type_, nullable), [])
+        known = [whole for whole in wholes if len(whole) >= length]
+        is_part_of_known = self._draw(st.booleans())
+        if known and is_part_of_known:
+            whole = self._draw(st.sampled_from(known))
+        else:
+            whole = self._whole(type_, length + self._draw(st.integers(0, 5)), nullable)
+            wholes.append(whole)
+        return whole.slice(self._draw(st.integers(0, len(whole) - length)), length)
 
     def _whole(self, type_: pa.DataType, length: int, nullable: bool) -> pa.Array:
         if pa.types.is_null(type_):
@@ -193,7 +201,8 @@ class _Maker:
 
     def _dictionary(self, type_: pa.DataType, length: int, nullable: bool) -> pa.Array:
         known = self._dictionaries.setdefault(type_, [])
-        if self._draw(st.booleans()) and known:
+        is_known = self._draw(st.booleans())
+        if known and is_known:
             dictionary = self._draw(st.sampled_from(known))
         else:
             dictionary = self.array(type_.value_type, self._draw(st.integers(1, 4)), nullable)

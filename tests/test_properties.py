@@ -1,21 +1,28 @@
 """Whatever the schema and the batches: Arrow's own reader makes the same of what the encoder sends."""
 
 from collections.abc import Iterable, Sequence
+from typing import get_args
 
 import pyarrow as pa
 import pytest
 from exact import assert_exact
 from hypothesis import given
+from hypothesis import strategies as st
 from strategies import streams
 
+from worker import dictionaries, encode
 from worker.encode import Encoder
 from worker.message import Message
+from worker.output import Compression
 
 Stream = tuple[pa.Schema, Sequence[pa.RecordBatch]]
 
+LIMIT = 4 << 20
 
-def _encoded(schema: pa.Schema, batches: Sequence[pa.RecordBatch]) -> list[Message]:
-    encoder = Encoder(schema, 4 << 20)
+
+def _encoded(stream: Stream, compression: Compression = "none") -> list[Message]:
+    schema, batches = stream
+    encoder = Encoder(schema, LIMIT, compression=compression)
     return [encoder.schema(), *encoder.encode(batches)]
 
 
@@ -28,7 +35,53 @@ def _read(messages: Iterable[Message]) -> pa.Table:
 
 
 @pytest.mark.timeout(1800)
-@given(streams())
-def test_what_is_read_is_what_was_encoded(stream: Stream) -> None:
-    schema, batches = stream
-    assert_exact(_read(_encoded(schema, batches)), schema, batches)
+@pytest.mark.parametrize(
+    "target_size",
+    [
+        encode.TARGET_SIZE,
+        pytest.param(
+            500, marks=pytest.mark.xfail(strict=True, reason="a row above the target is refused as if above the limit")
+        ),
+    ],
+)
+@given(
+    stream=streams(),
+    small_dictionary=st.sampled_from([dictionaries.SMALL_DICTIONARY, 0]),
+    compression=st.sampled_from(get_args(Compression)),
+)
+def test_what_is_read_is_what_was_encoded(
+    target_size: int, stream: Stream, small_dictionary: int, compression: Compression
+) -> None:
+    """However many batches are joined and divided, and whatever part of its dictionaries is sent."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "TARGET_SIZE", target_size)
+        patch.setattr(dictionaries, "SMALL_DICTIONARY", small_dictionary)
+        messages = _encoded(stream, compression)
+    assert_exact(_read(messages), *stream)
+
+
+@pytest.mark.xfail(strict=True, reason="a row above the target is refused as if above the limit")
+def test_a_row_that_is_larger_than_the_target_is_sent_if_it_fits_the_limit() -> None:
+    batch = pa.record_batch({"a": ["x" * ((encode.TARGET_SIZE + LIMIT) // 2)]})
+    assert_exact(_read(_encoded((batch.schema, [batch]))), batch.schema, [batch])
+
+
+_NUMBERS, _INDICES = pa.array([1, 2, 3]), pa.array([0, 1], pa.int8())
+
+
+@pytest.mark.xfail(strict=True, reason="buffers are compared, but neither offsets nor dictionaries of children")
+@pytest.mark.parametrize(
+    "distinct",
+    [
+        [pa.StructArray.from_arrays([_NUMBERS.slice(start, 2)], names=["a"]) for start in (0, 1)],
+        [pa.FixedSizeListArray.from_arrays(_NUMBERS.slice(start, 2), 1) for start in (0, 1)],
+        [
+            pa.StructArray.from_arrays([pa.DictionaryArray.from_arrays(_INDICES, values)], names=["a"])
+            for values in (pa.array(["a", "b"]), pa.array(["c", "d"]))
+        ],
+    ],
+    ids=["struct", "fixed-size list", "dictionary"],
+)
+def test_dictionaries_that_share_memory_are_told_apart(distinct: list[pa.Array]) -> None:
+    batches = [pa.record_batch({"a": pa.DictionaryArray.from_arrays(_INDICES, values)}) for values in distinct]
+    assert_exact(_read(_encoded((batches[0].schema, batches))), batches[0].schema, batches)
