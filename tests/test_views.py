@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from worker.compact import compactor
-from worker.views import compact_views
+from worker.views import compact_views, without_views
 
 LONG = [f"a string too long to stand inside of a view, number {number}" for number in range(10_000)]
 
@@ -63,6 +63,9 @@ def test_the_views_of_nulls_may_be_anything() -> None:
     compacted.validate(full=True)
     assert compacted.to_pylist() == [None, "abc"] * 500
     assert _data(compacted) == 0
+    plain = without_views(array)
+    plain.validate(full=True)
+    assert plain.to_pylist() == [None, "abc"] * 500
 
 
 def test_views_that_show_most_of_their_data_are_sent_as_they_are() -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from worker.views import is_valid_mask, is_view, plain_type
+from worker.views import is_valid_mask, is_view, without_views
 
 # Dictionaries up to this size are sent whole: a message costs more than such a copy.
 SMALL_DICTIONARY = 64 * 1024
@@ -103,7 +103,7 @@ def _with_used_values(array: pa.DictionaryArray) -> pa.DictionaryArray:
 def _taken(array: pa.Array, indices: pa.Array) -> pa.Array:
     # Arrow takes and filters nothing out of views.
     if is_view(array.type):
-        return array.cast(plain_type(array.type)).take(indices).cast(array.type)
+        return without_views(array).take(indices).cast(array.type)
     return array.take(indices)
 
 

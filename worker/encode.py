@@ -11,7 +11,7 @@ from worker.dictionaries import has_dictionaries, is_same, with_dictionary
 from worker.errors import ExecutionFailed, ResponseTooLarge
 from worker.message import FRAMING_BYTES, LENGTH, PREFIX_BYTES, Bytes, HeaderType, Message, body_length, header_type
 from worker.output import Compression
-from worker.views import is_view, plain_type
+from worker.views import is_view, plain_type, without_views
 
 # Larger batches are divided into messages of about this size, and small ones joined up to it. Each message costs some
 # 0.1 ms of wake-ups between threads, in which gRPC sends about a quarter of a megabyte; with more than this, a client
@@ -52,7 +52,8 @@ class Encoder:
         self._compressor = None if compression == "none" else Compressor(compression)
         self._limit = max_message_size - FRAMING_BYTES
         self._target = min(TARGET_SIZE, self._limit)
-        self._compactors = [compactor(field.type, self._limit - DICTIONARY_OVERHEAD) for field in schema]
+        compactors = (compactor(field.type, self._limit - DICTIONARY_OVERHEAD) for field in schema)
+        self._compactors = {index: compact for index, compact in enumerate(compactors) if compact is not None}
         self._dictionaries = [index for index, field in enumerate(schema) if has_dictionaries(field.type)]
         self._sink = _Sink()
         self._writer = pa.ipc.new_stream(pa.PythonFile(self._sink, mode="w"), schema)
@@ -138,13 +139,12 @@ class Encoder:
             raise self._too_large(batch)
 
     def _compacted(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        if not any(self._compactors):
-            return batch
-        columns = [
-            column if compact is None else compact(column)
-            for compact, column in zip(self._compactors, batch.columns, strict=True)
-        ]
-        return pa.RecordBatch.from_arrays(columns, schema=self._schema)
+        for index, compact in self._compactors.items():
+            column = batch.column(index)
+            compacted = compact(column)
+            if compacted is not column:
+                batch = batch.set_column(index, self._schema.field(index), compacted)
+        return batch
 
     def _write(self, batch: pa.RecordBatch) -> list[Message]:
         # Costs next to nothing, since it does not copy.
@@ -168,7 +168,7 @@ def plain_schema(schema: pa.Schema) -> pa.Schema:
 
 
 def _without_views(batch: pa.RecordBatch) -> pa.RecordBatch:
-    columns = [column.cast(plain_type(column.type)) if is_view(column.type) else column for column in batch.columns]
+    columns = [without_views(column) if is_view(column.type) else column for column in batch.columns]
     return pa.RecordBatch.from_arrays(columns, schema=plain_schema(batch.schema))
 
 

@@ -31,40 +31,60 @@ def compact_views(array: pa.Array) -> pa.Array:
     Views that were sorted, joined or filtered by DataFusion share the buffers of all that they were taken from: a sort
     of 26 MB of strings would send 4.7 GB.
     """
-    validity, views_buffer, *data = array.buffers()
-    size = sum(buffer.size for buffer in data)
+    size = sum(buffer.size for buffer in array.buffers()[2:])
     if size <= len(array):
         # Less than a byte a row: not worth a look.
         return array
-    views = np.frombuffer(views_buffer, np.int32, VIEW_INT32S * len(array), VIEW_BYTES * array.offset)
-    views = views.reshape(-1, VIEW_INT32S)
+    views = _views(array)
     is_long = views[:, LENGTH] > INLINE_BYTES
     if array.null_count:
-        # The view of a null may be anything.
-        is_valid = is_valid_mask(array)
-        is_long &= is_valid
+        is_long &= is_valid_mask(array)
     seen = int(np.sum(views[:, LENGTH], where=is_long, dtype=np.int64))
-    if size <= VIEW_WASTE * seen or seen > np.iinfo(np.int32).max:
+    if size <= VIEW_WASTE * seen or seen + INLINE_BYTES * len(array) > np.iinfo(np.int32).max:
         return array
-    if not seen and not array.null_count:
-        return pa.Array.from_buffers(array.type, len(array), [None, views_buffer], 0, array.offset)
 
-    values = array.cast(plain_type(array.type))
+    array = _with_empty_nulls(array)
+    if not seen:
+        validity, views_buffer = array.buffers()[:2]
+        return pa.Array.from_buffers(array.type, len(array), [validity, views_buffer], array.null_count, array.offset)
+    values = array.cast(pa.string() if pa.types.is_string_view(array.type) else pa.binary())
     if values.buffers()[2].size <= VIEW_WASTE * seen:
         return values.cast(array.type)
-    # Much of the values is inline in views, and would be among the data of a cast nevertheless.
+    # Much of the values is inside of views, and would be among the data of a cast nevertheless.
     values = values.filter(pa.array(is_long))
     _, offsets, values_buffer = values.buffers()
+    moved_views = _views(array).copy()
+    moved_views[is_long, BUFFER] = 0
+    moved_views[is_long, OFFSET] = np.frombuffer(offsets, np.int32, len(values))
+    return _with_views(array, moved_views, [values_buffer])
+
+
+def without_views(array: pa.Array) -> pa.Array:
+    """The values of views as ``plain_type``."""
+    return _with_empty_nulls(array).cast(plain_type(array.type))
+
+
+def _with_empty_nulls(array: pa.Array) -> pa.Array:
+    if not array.null_count:
+        return array
+    # The view of a null may be anything, for which Arrow's cast is not prepared.
+    views = np.where(is_valid_mask(array)[:, np.newaxis], _views(array), np.int32(0))
+    return _with_views(array, views, array.buffers()[2:])
+
+
+def _views(array: pa.Array) -> npt.NDArray[np.int32]:
+    """The views of an array, a row for each."""
+    views = np.frombuffer(array.buffers()[1], np.int32, VIEW_INT32S * len(array), VIEW_BYTES * array.offset)
+    return views.reshape(-1, VIEW_INT32S)
+
+
+def _with_views(array: pa.Array, views: npt.NDArray[np.int32], data: list[pa.Buffer]) -> pa.Array:
+    """An array of the same nulls as another."""
     # The bitmap of what is valid stays as it is, so the rows begin where they do in its first byte.
     first = array.offset % 8
-    rebuilt: npt.NDArray[np.int32] = np.zeros((first + len(array), VIEW_INT32S), np.int32)
-    rows = rebuilt[first:]
-    rows[:] = views
-    if array.null_count:
-        rows[~is_valid] = 0
-    rows[is_long, BUFFER] = 0
-    rows[is_long, OFFSET] = np.frombuffer(offsets, np.int64, len(values))
-    buffers = [validity and validity.slice(array.offset // 8), pa.py_buffer(rebuilt), values_buffer]
+    validity = array.buffers()[0]
+    rows = np.concatenate([np.zeros((first, VIEW_INT32S), np.int32), views])
+    buffers = [validity and validity.slice(array.offset // 8), pa.py_buffer(rows), *data]
     return pa.Array.from_buffers(array.type, len(array), buffers, array.null_count, first)
 
 
