@@ -11,7 +11,7 @@ class Interrupted(Exception):
 
 
 class Interruptible:
-    """One call at a time that may be interrupted, if it runs Python code now and then.
+    """Calls, one at a time, that may be interrupted if they run Python code now and then.
 
     DataFusion does so every second in whatever it blocks in, which is how Ctrl-C gets through to a script.
     """
@@ -19,6 +19,7 @@ class Interruptible:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._thread: int | None = None
+        self._interrupted = False
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -35,9 +36,13 @@ class Interruptible:
             self._thread = None
 
     def interrupt(self) -> None:
-        """Raises ``Interrupted`` in the thread, as soon as that runs Python code; nothing if nothing runs."""
+        """Raises ``Interrupted`` in the thread, as soon as that runs Python code; nothing if nothing runs.
+
+        Once only: a second one could come when nobody is there any more to catch it.
+        """
         with self._lock:
-            if self._thread is not None:
+            if self._thread is not None and not self._interrupted:
+                self._interrupted = True
                 _raise_in(self._thread, Interrupted)
 
 

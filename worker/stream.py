@@ -137,7 +137,8 @@ class PartitionStream:
                 batch = reading.result()
         except StopAsyncIteration:
             self._ended = True
-        except Exception as error:
+        except BaseException as error:
+            # What was read before comes first.
             self._ended, self._error = True, error
         else:
             self._fast_reads += 1
