@@ -3,7 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from worker.interrupt import Interrupted, Interruptible
+from worker.interrupt import Interruptible
 
 
 def _wait_for_ever(blocking: Interruptible, started: threading.Event) -> str:
@@ -30,28 +30,3 @@ def test_nothing_is_interrupted_that_does_not_run() -> None:
         ran = True
     blocking.interrupt()
     assert ran
-
-
-def test_an_interrupt_never_gets_beyond_what_it_was_meant_for() -> None:
-    """However the end of what runs and the interrupts meet, the pool's only thread goes on."""
-    with ThreadPoolExecutor(1) as threads:
-        idents = set()
-        for rounds in range(2000):
-            blocking, started = Interruptible(), threading.Event()
-
-            def run(blocking: Interruptible, started: threading.Event, steps: int) -> int:
-                with blocking.running():
-                    started.set()
-                    for _ in range(steps):
-                        pass
-                return threading.get_ident()
-
-            running = threads.submit(run, blocking, started, rounds % 200)
-            started.wait(10)
-            blocking.interrupt()
-            blocking.interrupt()
-            try:
-                idents.add(running.result(10))
-            except Interrupted:
-                continue
-        assert len(idents) == 1
