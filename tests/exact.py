@@ -7,8 +7,9 @@ from typing import Any
 
 import pyarrow as pa
 
-# Types of Arrow that pyarrow has no Python class for, so that it cannot show an array of them, by their number.
-UNNAMED_TYPES = {21: "month_interval", 22: "day_time_interval"}
+# The numbers of types that pyarrow has no Python class for, so that it cannot show their arrays: intervals of months,
+# and of days and milliseconds.
+UNNAMED_TYPES = {21, 22}
 
 _LISTS = (
     pa.types.is_list,
@@ -28,7 +29,7 @@ def assert_exact(actual: pa.Table, schema: pa.Schema, batches: Iterable[pa.Recor
     assert actual.num_rows == expected.num_rows
     for index, field in enumerate(schema):
         theirs, ours = actual.column(index), expected.column(index)
-        if field.type.id in UNNAMED_TYPES:
+        if _is_unnamed(field.type):
             assert theirs.equals(ours), field
         else:
             assert _all(theirs) == _all(ours), field
@@ -37,6 +38,11 @@ def assert_exact(actual: pa.Table, schema: pa.Schema, batches: Iterable[pa.Recor
 def assert_schema(actual: pa.Schema, expected: pa.Schema) -> None:
     """Asserts that schemas are equal with all their metadata."""
     assert actual.equals(expected, check_metadata=True), f"{_shown(actual)}\nis not\n{_shown(expected)}"
+
+
+def _is_unnamed(type_: pa.DataType) -> bool:
+    children = (type_.field(index).type for index in range(type_.num_fields))
+    return type_.id in UNNAMED_TYPES or any(map(_is_unnamed, children))
 
 
 def _shown(schema: pa.Schema) -> str:

@@ -99,7 +99,9 @@ def _types(draw: st.DrawFn, depth: int = 2) -> pa.DataType:
                 ordered=draw(st.booleans()),
             )
         case _:
-            return pa.run_end_encoded(draw(st.sampled_from([pa.int16(), pa.int32(), pa.int64()])), draw(inner))
+            # pyarrow takes no runs of runs from DataFusion.
+            values = draw(inner.filter(lambda type_: not pa.types.is_run_end_encoded(type_)))
+            return pa.run_end_encoded(draw(st.sampled_from([pa.int16(), pa.int32(), pa.int64()])), values)
 
 
 @st.composite

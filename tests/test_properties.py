@@ -66,6 +66,14 @@ def test_a_row_that_is_larger_than_the_target_is_sent_if_it_fits_the_limit() -> 
     assert_exact(_read(_encoded((batch.schema, [batch]))), batch.schema, [batch])
 
 
+@pytest.mark.xfail(strict=True, reason="Arrow sees two dictionaries that it would have to unify")
+def test_batches_are_sent_whose_dictionaries_cannot_be_joined() -> None:
+    """Arrow takes one with NaN for another than itself, and does not join two with nulls among their values."""
+    values = pa.array([float("nan"), None])
+    batch = pa.record_batch({"a": pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int8()), values)})
+    assert_exact(_read(_encoded((batch.schema, [batch, batch]))), batch.schema, [batch, batch])
+
+
 _NUMBERS, _INDICES = pa.array([1, 2, 3]), pa.array([0, 1], pa.int8())
 
 

@@ -139,17 +139,23 @@ _values(
 )
 
 
-def _of_texts(type_: str, *texts: str) -> Callable[[SessionContext], DataFrame]:
-    rows = ", ".join(f"('{text}')" for text in texts)
-    return lambda session: session.sql(f"SELECT arrow_cast(column1, '{type_}') AS c0 FROM (VALUES {rows}, (NULL))")
+_TEXTS = {"YearMonth": "('1 month'), ('-3 years')", "DayTime": "('1 day'), ('-5 milliseconds')"}
 
 
-_months, _days = (
-    _of_texts("Interval(YearMonth)", "1 month", "-3 years"),
-    _of_texts("Interval(DayTime)", "1 day", "-5 ms"),
-)
-_add(Case("interval year month", "", _months, None, note=NO_CLASS))
-_add(Case("interval day time", "", _days, None, note=NO_CLASS))
+def interval(type_: str, columns: str) -> Callable[[SessionContext], DataFrame]:
+    """Columns of SQL, in which ``i`` is an interval and ``t`` its text."""
+    texts = f"SELECT column1 AS t FROM (VALUES {_TEXTS[type_]}, (NULL))"
+    intervals = f"SELECT t, arrow_cast(t, 'Interval({type_})') AS i FROM ({texts})"
+    return lambda session: session.sql(f"SELECT {columns} FROM ({intervals})")
+
+
+for row, unnamed in (("interval year month", "YearMonth"), ("interval day time", "DayTime")):
+    for variant, columns in (
+        ("", "i, t"),
+        ("in a list", "make_array(i, i) AS l"),
+        ("in a struct", "named_struct('i', i, 't', t) AS s"),
+    ):
+        _add(Case(row, variant, interval(unnamed, columns), None, note=NO_CLASS))
 for type_ in (pa.string(), pa.large_string(), pa.string_view()):
     _values(str(type_).replace("_", " "), type_, LONG, "ü")
     _values(str(type_).replace("_", " "), type_, "", "", "empty")
