@@ -4,7 +4,7 @@ import asyncio
 import os
 import re
 from asyncio.subprocess import PIPE
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,7 +27,8 @@ GENERATED = 200
 # field may say that there are none, and of sparse unions in list views it writes a part.
 REFUSED_BY_DATAFUSION = re.compile("Found unmasked nulls for non-nullable|Sparse union child arrays must be equal")
 
-SIZE_0 = re.compile(r"fixed_size_list<.*>\[0\]")
+# arrow-go takes none, and arrow-rs forgets how many there are.
+LISTS_OF_SIZE_0 = re.compile(r"fixed_size_list<.*>\[0\]")
 
 
 def _generated() -> dict[str, Stream]:
@@ -43,7 +44,7 @@ def _generated() -> dict[str, Stream]:
     collect()
     plans = {}
     for number, (schema, batches) in enumerate(found):
-        if len({*schema.names}) == len(schema.names):
+        if len({*schema.names}) == len(schema.names) and not LISTS_OF_SIZE_0.search(str(schema.types)):
             plan = SessionContext().create_dataframe([_whole(schema, batches)]).execution_plan().to_bytes()
             try:
                 in_process(plan)
@@ -96,11 +97,5 @@ async def test_a_checker_reads_all(client: str, generated: dict[str, Stream], tm
     *lines, summary = output.decode().splitlines()
     assert len(lines) == len(saved), summary
     failed = {line.removeprefix("FAIL ").partition(":")[0]: line for line in lines if not line.startswith("ok ")}
-    assert failed.keys() == _unread(client, saved), "\n".join(failed.values())
-
-
-def _unread(client: str, saved: Mapping[str, Stream]) -> set[str]:
     unread = {f"{name}-{part}" for name, case in CASES.items() for part in PARTS if client in case.unread_by}
-    if client == "go":
-        unread |= {name for name, stream in saved.items() if SIZE_0.search(str(stream.schema.types))}
-    return unread
+    assert failed.keys() == unread, "\n".join(failed.values())
