@@ -6,6 +6,7 @@ import re
 from asyncio.subprocess import PIPE
 from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args
 
 import pyarrow as pa
 import pytest
@@ -16,6 +17,7 @@ from strategies import streams
 from support import do_get, fetch_one
 from type_cases import CASES, PARTS, Stream, in_process
 
+from worker.output import COMPRESSION, Compression
 from worker.testing import running_worker
 
 # The executables of the checkers, which ``.ci/interop`` builds.
@@ -81,14 +83,16 @@ async def test_pyarrow_reads_what_was_generated(generated: dict[str, Stream]) ->
             assert_exact(await fetch_one(worker, do_get(stream.plan)), stream.schema, stream.batches)
 
 
+@pytest.mark.parametrize("compression", get_args(Compression))
 @pytest.mark.parametrize("client", CHECKERS)
-async def test_a_checker_reads_all(client: str, generated: dict[str, Stream], tmp_path: Path) -> None:
+async def test_a_checker_reads_all(client: str, compression: str, generated: dict[str, Stream], tmp_path: Path) -> None:
     checker = os.environ.get(CHECKERS[client])
     if checker is None:
         pytest.skip(f"{CHECKERS[client]} does not say where the {client} checker is: see interop/README.md")
     saved = {f"{name}-{part}": case.stream(part) for name, case in CASES.items() for part in PARTS} | generated
     for name, stream in saved.items():
         (tmp_path / f"{name}.ticket").write_bytes(do_get(stream.plan))
+        (tmp_path / f"{name}.headers").write_text(f"{COMPRESSION}: {compression}\n")
         # As DataFusion makes it: pyarrow writes lists of no rows in a way that arrow-rs refuses.
         (tmp_path / f"{name}.arrow").write_bytes(_ipc(stream.schema, in_process(stream.plan)))
     async with running_worker() as worker:
