@@ -37,12 +37,7 @@ def _read(messages: Iterable[Message]) -> pa.Table:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "target_size",
-    [
-        encode.TARGET_SIZE,
-        pytest.param(
-            500, marks=pytest.mark.xfail(run=False, reason="a row above the target is refused as if above the limit")
-        ),
-    ],
+    [encode.TARGET_SIZE, 500],
 )
 @given(
     stream=streams(),
@@ -60,13 +55,11 @@ def test_what_is_read_is_what_was_encoded(
     assert_exact(_read(messages), *stream)
 
 
-@pytest.mark.xfail(strict=True, reason="a row above the target is refused as if above the limit")
 def test_a_row_that_is_larger_than_the_target_is_sent_if_it_fits_the_limit() -> None:
     batch = pa.record_batch({"a": ["x" * ((encode.TARGET_SIZE + LIMIT) // 2)]})
     assert_exact(_read(_encoded((batch.schema, [batch]))), batch.schema, [batch])
 
 
-@pytest.mark.xfail(strict=True, reason="Arrow sees two dictionaries that it would have to unify")
 def test_batches_are_sent_whose_dictionaries_cannot_be_joined() -> None:
     """Arrow takes one with NaN for another than itself, and does not join two with nulls among their values."""
     values = pa.array([float("nan"), None])
@@ -77,7 +70,6 @@ def test_batches_are_sent_whose_dictionaries_cannot_be_joined() -> None:
 _NUMBERS, _INDICES = pa.array([1, 2, 3]), pa.array([0, 1], pa.int8())
 
 
-@pytest.mark.xfail(strict=True, reason="buffers are compared, but neither offsets nor dictionaries of children")
 @pytest.mark.parametrize(
     "distinct",
     [

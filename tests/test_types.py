@@ -30,7 +30,6 @@ async def test_what_arrives_is_what_datafusion_makes_in_process(worker: RunningW
     assert_exact(await fetch_one(worker, do_get(stream.plan)), stream.schema, stream.batches)
 
 
-@pytest.mark.xfail(strict=True, reason="all columns are looked at where some are compacted")
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(
     "columns",

@@ -11,6 +11,9 @@ from worker.views import compact_views, is_view
 
 Compactor: TypeAlias = Callable[[pa.Array], pa.Array]
 
+# Intervals for which pyarrow has no class: it raises KeyError where one of their arrays would come out.
+_WITHOUT_CLASS = {pa.lib.Type_INTERVAL_MONTHS, pa.lib.Type_INTERVAL_DAY_TIME}
+
 _NESTED = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_struct, pa.types.is_map)
 
 
@@ -32,6 +35,8 @@ def compactor(data_type: pa.DataType, dictionary_limit: int) -> Compactor | None
         return DictionaryCompactor(dictionary_limit)
     if any(is_type(data_type) for is_type in _NESTED):
         fields = [data_type.field(index) for index in range(data_type.num_fields)]
+        if any(field.type.id in _WITHOUT_CLASS for field in fields):
+            return None
         children = [compactor(field.type, dictionary_limit) for field in fields]
         return partial(_compact_children, children) if any(children) else None
     return None

@@ -85,14 +85,17 @@ class Encoder:
             yield from self._messages(batch, self._target)
 
     def _conform(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        # Some operators pass on batches that differ from the plan's schema in what their fields say of nulls.
         if batch.schema.equals(self._schema):
             return batch
         if self._expands_views:
             batch = _without_views(batch)
         if batch.schema.types != self._schema.types:
             raise ExecutionFailed(f"a batch has columns of {batch.schema.types}, those before of {self._schema.types}")
-        return pa.RecordBatch.from_arrays(batch.columns, schema=self._schema)
+        # Some operators pass on batches that differ from the plan's schema in what their fields say of nulls.
+        for index, field in enumerate(self._schema):
+            if not field.equals(batch.schema.field(index)):
+                batch = batch.set_column(index, field, batch.column(index))
+        return batch
 
     def _joined(self, batches: Sequence[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """The batches, neighbours that are small joined as far as the target goes."""
@@ -153,7 +156,7 @@ class Encoder:
         return [message for message in _messages(self._sink.take()) if header_type(message.header) != HeaderType.SCHEMA]
 
     def _too_large(self, row: pa.RecordBatch) -> ResponseTooLarge:
-        sizes = [column.get_total_buffer_size() for column in row.columns]
+        sizes = [row.select([index]).get_total_buffer_size() for index in range(row.num_columns)]
         size = max(sizes)
         return ResponseTooLarge(
             f"a row's value in column {self._schema.names[sizes.index(size)]!r} takes {size} bytes, and a message may "
@@ -168,8 +171,10 @@ def plain_schema(schema: pa.Schema) -> pa.Schema:
 
 
 def _without_views(batch: pa.RecordBatch) -> pa.RecordBatch:
-    columns = [without_views(column) if is_view(column.type) else column for column in batch.columns]
-    return pa.RecordBatch.from_arrays(columns, schema=plain_schema(batch.schema))
+    for index, field in enumerate(batch.schema):
+        if is_view(field.type):
+            batch = batch.set_column(index, field.with_type(plain_type(field.type)), without_views(batch.column(index)))
+    return batch
 
 
 def _concatenated(batches: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
@@ -177,7 +182,8 @@ def _concatenated(batches: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
         return batches
     try:
         return [pa.concat_batches(batches)]
-    except pa.ArrowNotImplementedError:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        # Dictionaries with NaN are no longer equal to themselves, and some cannot be joined with others.
         return batches
 
 
