@@ -107,7 +107,7 @@ class Encoder:
             if alike is None or (group and (size > SMALL_BATCH or group_size + size > self._target)):
                 yield from _concatenated(group)
                 group, group_size = [], 0
-            group.append(alike or batch)
+            group.append(batch if alike is None else alike)
             group_size += size if size <= SMALL_BATCH else self._target
         yield from _concatenated(group)
 
