@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from datafusion.user_defined import Accumulator, WindowEvaluator
 from pyarrow import flight
 
+from worker.message import Message
 from worker.proto import Flight_pb2, Flight_pb2_grpc, plan_pb2
 from worker.testing import RunningWorker
 
@@ -101,6 +102,17 @@ async def until(condition: Callable[[], bool], seconds: float = 5) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.001)
+
+
+def read_messages(messages: Iterable[Message]) -> pa.Table:
+    """What Arrow reads from IPC messages, that of the schema first, once they are framed as in a stream."""
+    framed = b"".join(
+        b"\xff\xff\xff\xff" + len(header).to_bytes(4, "little") + header + b"".join(body) for header, body in messages
+    )
+    with pa.ipc.open_stream(framed) as reader:
+        table = reader.read_all()
+    table.validate(full=True)
+    return table
 
 
 class Touch:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from support import read_messages
 from test_encode import COLUMNS
 
 from worker.compress import Codec, Compressor
@@ -29,14 +30,7 @@ def _encode(batch: pa.RecordBatch) -> list[Message]:
 
 
 def _decode(schema: pa.Schema, messages: Iterable[Message]) -> pa.Table:
-    """What Arrow reads, which checks the metadata's flatbuffer first."""
-    framed = b"".join(
-        b"\xff\xff\xff\xff" + len(header).to_bytes(4, "little") + header + b"".join(body) for header, body in messages
-    )
-    with pa.ipc.open_stream(schema.serialize().to_pybytes() + framed) as reader:
-        table = reader.read_all()
-    table.validate(full=True)
-    return table
+    return read_messages([Encoder(schema, LIMIT).schema(), *messages])
 
 
 def _random(size: int) -> pa.Array:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from support import read_messages
 
 from worker import ExecutionFailed
 from worker.encode import Encoder
@@ -70,19 +71,8 @@ def _encoder(schema: pa.Schema, limit: int = LIMIT) -> Encoder:
     return Encoder(schema, limit)
 
 
-def _decode(messages: Iterable[Message]) -> pa.Table:
-    """What Arrow reads from the messages, once they are framed as in an IPC stream."""
-    framed = b"".join(
-        b"\xff\xff\xff\xff" + len(header).to_bytes(4, "little") + header + b"".join(body) for header, body in messages
-    )
-    with pa.ipc.open_stream(framed) as reader:
-        table = reader.read_all()
-    table.validate(full=True)
-    return table
-
-
 def _round_trip(*batches: pa.RecordBatch) -> pa.Table:
-    return _decode(_messages(_encoder(batches[0].schema), batches))
+    return read_messages(_messages(_encoder(batches[0].schema), batches))
 
 
 def _kinds(messages: Iterable[Message]) -> list[int]:
@@ -108,7 +98,7 @@ def test_the_columns_above_are_of_one_length() -> None:
 
 def test_a_stream_of_its_schema_alone_is_an_empty_table() -> None:
     schema = pa.schema([pa.field("a", pa.int32(), nullable=False, metadata={"k": "v"}), ("d", DICTIONARY)], {"m": "n"})
-    decoded = _decode([_encoder(schema).schema()])
+    decoded = read_messages([_encoder(schema).schema()])
     assert decoded.num_rows == 0
     assert decoded.schema.equals(schema, check_metadata=True)
 
@@ -124,7 +114,7 @@ def test_rows_without_columns_are_counted() -> None:
     assert batch.num_rows == 3
     messages = _messages(_encoder(batch.schema), [batch])
     assert _kinds(messages) == [HeaderType.SCHEMA, HeaderType.RECORD_BATCH]
-    assert _decode(messages).num_rows == 3
+    assert read_messages(messages).num_rows == 3
 
 
 def test_the_schema_is_said_once_and_not_by_the_first_batch() -> None:
@@ -161,14 +151,14 @@ def test_a_dictionary_goes_before_the_batch_that_needs_it_and_only_when_it_is_ne
     batches = [_batch(d=_dictionary([0, None, 1], values)) for values in dictionaries]
     messages = _messages(_encoder(batches[0].schema), batches)
     assert _kinds(messages)[1:] == kinds
-    assert _decode(messages).to_pylist() == [row for batch in batches for row in batch.to_pylist()]
+    assert read_messages(messages).to_pylist() == [row for batch in batches for row in batch.to_pylist()]
 
 
 def test_of_two_dictionaries_only_the_changed_one_is_sent_again() -> None:
     batches = [_batch(a=_dictionary([0, 1], X), b=_dictionary([1, 0], values)) for values in (X, Y)]
     messages = _messages(_encoder(batches[0].schema), batches)
     assert _kinds(messages)[1:] == [D, D, R, D, R]
-    assert _decode(messages).to_pylist() == batches[0].to_pylist() + batches[1].to_pylist()
+    assert read_messages(messages).to_pylist() == batches[0].to_pylist() + batches[1].to_pylist()
 
 
 def _nested(values: list[str]) -> pa.RecordBatch:
@@ -237,7 +227,7 @@ def test_a_batch_that_says_less_of_nulls_is_sent_as_the_stream_says() -> None:
     batches = [pa.RecordBatch.from_arrays([pa.array([number])], schema=strict) for number in (1, 3)]
     batches.insert(1, pa.RecordBatch.from_arrays([pa.array([2])], schema=loose))
     for schema in (strict, loose):
-        decoded = _decode(_messages(_encoder(schema), batches))
+        decoded = read_messages(_messages(_encoder(schema), batches))
         assert decoded.schema.equals(schema, check_metadata=True)
         assert decoded.to_pydict() == {"a": [1, 2, 3]}
 
@@ -252,7 +242,7 @@ def test_a_batch_of_other_types_is_refused_and_the_stream_goes_on(other: pa.Reco
         list(encoder.encode([other]))
     assert "int64" in str(caught.value)
     messages += encoder.encode([_batch(a=[2])])
-    assert _decode(messages).to_pydict() == {"a": [1, 2]}
+    assert read_messages(messages).to_pydict() == {"a": [1, 2]}
 
 
 def test_an_encoder_keeps_nothing_of_what_it_has_encoded() -> None:
@@ -287,4 +277,4 @@ def test_a_column_of_an_extension_type_is_sent_whatever_its_class_lacks() -> Non
     with pytest.raises(TypeError):
         hash(kind)
     messages = _messages(_encoder(batch.schema), [batch])
-    assert _decode(messages)["column"].to_pylist() == WORDS.to_pylist()
+    assert read_messages(messages)["column"].to_pylist() == WORDS.to_pylist()

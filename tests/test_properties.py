@@ -1,6 +1,6 @@
 """Whatever the schema and the batches: Arrow's own reader makes the same of what the encoder sends."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import get_args
 
 import pyarrow as pa
@@ -9,6 +9,7 @@ from exact import assert_exact
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import streams
+from support import read_messages
 
 from worker import dictionaries, encode
 from worker.encode import Encoder
@@ -24,14 +25,6 @@ def _encoded(stream: Stream, compression: Compression = "none") -> list[Message]
     schema, batches = stream
     encoder = Encoder(schema, LIMIT, compression=compression)
     return [encoder.schema(), *encoder.encode(batches)]
-
-
-def _read(messages: Iterable[Message]) -> pa.Table:
-    framed = b"".join(
-        b"\xff\xff\xff\xff" + len(header).to_bytes(4, "little") + header + b"".join(body) for header, body in messages
-    )
-    with pa.ipc.open_stream(framed) as reader:
-        return reader.read_all()
 
 
 @pytest.mark.timeout(1800)
@@ -52,19 +45,19 @@ def test_what_is_read_is_what_was_encoded(
         patch.setattr(encode, "TARGET_SIZE", target_size)
         patch.setattr(dictionaries, "SMALL_DICTIONARY", small_dictionary)
         messages = _encoded(stream, compression)
-    assert_exact(_read(messages), *stream)
+    assert_exact(read_messages(messages), *stream)
 
 
 def test_a_row_that_is_larger_than_the_target_is_sent_if_it_fits_the_limit() -> None:
     batch = pa.record_batch({"a": ["x" * ((encode.TARGET_SIZE + LIMIT) // 2)]})
-    assert_exact(_read(_encoded((batch.schema, [batch]))), batch.schema, [batch])
+    assert_exact(read_messages(_encoded((batch.schema, [batch]))), batch.schema, [batch])
 
 
 def test_batches_are_sent_whose_dictionaries_cannot_be_joined() -> None:
     """Arrow takes one with NaN for another than itself, and does not join two with nulls among their values."""
     values = pa.array([float("nan"), None])
     batch = pa.record_batch({"a": pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int8()), values)})
-    assert_exact(_read(_encoded((batch.schema, [batch, batch]))), batch.schema, [batch, batch])
+    assert_exact(read_messages(_encoded((batch.schema, [batch, batch]))), batch.schema, [batch, batch])
 
 
 _NUMBERS, _INDICES = pa.array([1, 2, 3]), pa.array([0, 1], pa.int8())
@@ -84,4 +77,4 @@ _NUMBERS, _INDICES = pa.array([1, 2, 3]), pa.array([0, 1], pa.int8())
 )
 def test_dictionaries_that_share_memory_are_told_apart(distinct: list[pa.Array]) -> None:
     batches = [pa.record_batch({"a": pa.DictionaryArray.from_arrays(_INDICES, values)}) for values in distinct]
-    assert_exact(_read(_encoded((batches[0].schema, batches))), batches[0].schema, batches)
+    assert_exact(read_messages(_encoded((batches[0].schema, batches))), batches[0].schema, batches)

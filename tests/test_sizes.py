@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from support import read_messages
 
 from worker import ResponseTooLarge
 from worker.dictionaries import SMALL_DICTIONARY
@@ -26,7 +27,7 @@ def _encode(batches: Sequence[pa.RecordBatch], limit: int = LIMIT, **options: An
     encoder = Encoder(batches[0].schema, limit, **options)
     schema, messages = encoder.schema(), list(encoder.encode(batches))
     assert max(len(serialize(message)) for message in messages) <= limit
-    decoded = _decode([schema, *messages])
+    decoded = read_messages([schema, *messages])
     assert _values(decoded) == _values(pa.Table.from_batches(batches))
     return messages
 
@@ -35,16 +36,6 @@ def _values(table: pa.Table) -> pa.Table:
     """The table with values where it has dictionaries, which are equal if what they stand for is."""
     types = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in table.schema.types]
     return table.cast(pa.schema(zip(table.schema.names, types, strict=True))).combine_chunks()
-
-
-def _decode(messages: Iterable[Message]) -> pa.Table:
-    framed = b"".join(
-        b"\xff\xff\xff\xff" + len(header).to_bytes(4, "little") + header + b"".join(body) for header, body in messages
-    )
-    with pa.ipc.open_stream(framed) as reader:
-        table = reader.read_all()
-    table.validate(full=True)
-    return table
 
 
 def _kinds(messages: Iterable[Message]) -> list[int]:
@@ -85,7 +76,7 @@ def test_no_rows_and_no_columns_are_joined_too() -> None:
     assert _kinds([message]) == [HeaderType.RECORD_BATCH]
     batch = _numbers(3).select([])
     encoder = Encoder(batch.schema, LIMIT)
-    assert _decode([encoder.schema(), *encoder.encode([batch, batch, batch])]).num_rows == 9
+    assert read_messages([encoder.schema(), *encoder.encode([batch, batch, batch])]).num_rows == 9
 
 
 def _with_dictionary(values: Sequence[str], indices: Sequence[int | None]) -> pa.RecordBatch:
@@ -205,6 +196,6 @@ def test_compression_counts_for_the_limit() -> None:
 def test_views_leave_as_plain_text_and_bytes_where_that_is_asked_for() -> None:
     batch = _batch(a=pa.array(["x", None], pa.string_view()), b=pa.array([b"y", b""], pa.binary_view()), c=[1, 2])
     encoder = Encoder(batch.schema, LIMIT, expand_views=True)
-    decoded = _decode([encoder.schema(), *encoder.encode([batch])])
+    decoded = read_messages([encoder.schema(), *encoder.encode([batch])])
     assert decoded.schema.types == [pa.large_string(), pa.large_binary(), pa.int64()]
     assert decoded.to_pylist() == batch.to_pylist()
