@@ -71,12 +71,16 @@ def test_rows_keep_their_order_among_small_and_large_batches() -> None:
     _encode(batches)
 
 
-def test_no_rows_and_no_columns_are_joined_too() -> None:
-    (message,) = _encode([_numbers(0), _numbers(0)])
-    assert _kinds([message]) == [HeaderType.RECORD_BATCH]
+def test_rows_without_columns_are_joined_too() -> None:
     batch = _numbers(3).select([])
     encoder = Encoder(batch.schema, LIMIT)
-    assert read_messages([encoder.schema(), *encoder.encode([batch, batch, batch])]).num_rows == 9
+    (message,) = encoder.encode([batch, batch, batch])
+    assert read_messages([encoder.schema(), message]).num_rows == 9
+
+
+def test_a_batch_without_rows_is_no_message() -> None:
+    encoder = Encoder(_numbers(0).schema, LIMIT)
+    assert list(encoder.encode([_numbers(0), _numbers(9).slice(9)])) == []
 
 
 def _with_dictionary(values: Sequence[str], indices: Sequence[int | None]) -> pa.RecordBatch:

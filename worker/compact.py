@@ -38,7 +38,10 @@ def compactor(data_type: pa.DataType, dictionary_limit: int) -> Compactor | None
         if any(field.type.id in _WITHOUT_CLASS for field in fields):
             return None
         children = [compactor(field.type, dictionary_limit) for field in fields]
-        return partial(_compact_children, children) if any(children) else None
+        if any(children):
+            return partial(_compact_children, children)
+        is_list = pa.types.is_list(data_type) or pa.types.is_large_list(data_type) or pa.types.is_map(data_type)
+        return _compact_empty_lists if is_list else None
     return None
 
 
@@ -46,6 +49,17 @@ def _compact_storage(compact: Compactor, array: pa.ExtensionArray) -> pa.Array:
     storage = array.storage
     compacted = compact(storage)
     return array if compacted is storage else pa.ExtensionArray.from_storage(array.type, compacted)
+
+
+def _compact_empty_lists(array: pa.Array) -> pa.Array:
+    """The array; where all its lists are empty, without what is in its child nevertheless.
+
+    Arrow's writer leaves that out of lists that have elements, but sends the buffers of children without any whole.
+    """
+    values = array.keys if pa.types.is_map(array.type) else array.values
+    if not len(values) or array.offsets[0].as_py() != array.offsets[len(array)].as_py():
+        return array
+    return pa.concat_arrays([array])
 
 
 def _compact_children(compactors: Sequence[Compactor | None], array: pa.Array) -> pa.Array:

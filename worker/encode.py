@@ -81,7 +81,8 @@ class Encoder:
             ExecutionFailed: the columns of a batch are not of the stream's types.
             ResponseTooLarge: a single row does not fit into a message.
         """
-        for batch in self._joined([self._conform(batch) for batch in batches]):
+        # One without rows shows nothing, whatever it holds.
+        for batch in self._joined([self._conform(batch) for batch in batches if batch.num_rows]):
             yield from self._messages(batch, self._target)
 
     def _conform(self, batch: pa.RecordBatch) -> pa.RecordBatch:
