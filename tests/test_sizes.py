@@ -1,6 +1,7 @@
 """How batches are cut into messages: small ones joined, large ones divided, none beyond the limit."""
 
 import random
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -81,6 +82,17 @@ def test_rows_without_columns_are_joined_too() -> None:
 def test_a_batch_without_rows_is_no_message() -> None:
     encoder = Encoder(_numbers(0).schema, LIMIT)
     assert list(encoder.encode([_numbers(0), _numbers(9).slice(9)])) == []
+
+
+def test_thousands_of_columns_that_are_compacted_and_joined_take_no_longer_each() -> None:
+    views = pa.array(["x" * 40] * 1000, pa.string_view()).slice(5, 20)
+    words = pa.DictionaryArray.from_arrays([0, 1] * 10, ["a", "b"])
+    arrays = [views, words] * 2000
+    batch = pa.RecordBatch.from_arrays(arrays, [str(number) for number in range(len(arrays))])
+    encoder = Encoder(batch.schema, LIMIT)
+    start = time.process_time()
+    list(encoder.encode([batch, batch]))
+    assert time.process_time() - start < 3
 
 
 def _with_dictionary(values: Sequence[str], indices: Sequence[int | None]) -> pa.RecordBatch:

@@ -114,12 +114,13 @@ class Encoder:
 
     def _with_dictionaries_of(self, first: pa.RecordBatch, batch: pa.RecordBatch) -> pa.RecordBatch | None:
         """The batch with the very dictionaries of another, None if it has others, or some that are nested."""
+        columns = {}
         for index in self._dictionaries:
             column, known = batch.column(index), first.column(index)
             if not pa.types.is_dictionary(column.type) or not is_same(column.dictionary, known.dictionary):
                 return None
-            batch = batch.set_column(index, self._schema.field(index), with_dictionary(column, known.dictionary))
-        return batch
+            columns[index] = with_dictionary(column, known.dictionary)
+        return self._with_columns(batch, columns)
 
     def _messages(self, batch: pa.RecordBatch, aim: int) -> Iterator[Message]:
         """The messages of a batch, or of its parts where they would be larger than the aim."""
@@ -143,12 +144,20 @@ class Encoder:
             raise self._too_large(batch)
 
     def _compacted(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        columns = {}
         for index, compact in self._compactors.items():
             column = batch.column(index)
             compacted = compact(column)
             if compacted is not column:
-                batch = batch.set_column(index, self._schema.field(index), compacted)
-        return batch
+                columns[index] = compacted
+        return self._with_columns(batch, columns)
+
+    def _with_columns(self, batch: pa.RecordBatch, columns: dict[int, pa.Array]) -> pa.RecordBatch:
+        # All at once: to set one takes as long as there are columns.
+        if not columns:
+            return batch
+        arrays = [columns.get(index, column) for index, column in enumerate(batch.columns)]
+        return pa.RecordBatch.from_arrays(arrays, schema=self._schema)
 
     def _write(self, batch: pa.RecordBatch) -> list[Message]:
         # Costs next to nothing, since it does not copy.
