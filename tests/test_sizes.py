@@ -181,6 +181,38 @@ def test_a_dictionary_larger_than_the_limit_goes_in_parts() -> None:
     assert _kinds(messages).count(HeaderType.DICTIONARY_BATCH) > 2
 
 
+def test_a_dictionary_larger_than_the_limit_of_which_all_parts_use_the_same_is_sent_as_they_need_it() -> None:
+    """The first parts use all of it, too, and still do not fit."""
+    values = [f"{number:0500}" for number in range(LIMIT // 400)]
+    _encode([_with_dictionary(["a"], [0]), _with_dictionary(values, [*range(len(values))] * 2)])
+
+
+@pytest.mark.parametrize("nest", ["sparse union", "list view", "run-end encoded", "wide struct"])
+def test_a_dictionary_larger_than_the_limit_that_cannot_be_reduced_is_an_error(nest: str) -> None:
+    """What its indices would mean otherwise is chance: there is one that was sent before."""
+
+    def batch(count: int) -> pa.RecordBatch:
+        words = pa.DictionaryArray.from_arrays(range(count), [f"{number:0100}" for number in range(count)])
+        match nest:
+            case "sparse union":
+                column = pa.UnionArray.from_sparse(pa.array([0] * count, pa.int8()), [words])
+            case "list view":
+                column = pa.ListViewArray.from_arrays(range(count), [1] * count, words)
+            case "run-end encoded":
+                column = pa.RunEndEncodedArray.from_arrays(pa.array(range(1, count + 1), pa.int32()), words)
+            case _:
+                # More metadata than is allowed for, and what comes to the limit without it.
+                texts = pa.array(["x" * (SMALL_LIMIT // 110 - 6)] * (count // 2000) + ["x"])
+                struct = pa.StructArray.from_arrays([texts] * 100, [str(field) for field in range(100)])
+                column = pa.DictionaryArray.from_arrays([0] * count, struct)
+        return _batch(column=column)
+
+    encoder = Encoder(batch(2).schema, SMALL_LIMIT)
+    list(encoder.encode([batch(2)]))
+    with pytest.raises(ResponseTooLarge, match="column 'column'"):
+        list(encoder.encode([batch(2000)]))
+
+
 def test_of_a_dictionary_no_more_is_sent_than_is_used_until_that_comes_to_all_of_it() -> None:
     values = pa.array([f"{number:0100}" for number in range(SMALL_DICTIONARY // 10)])
     batches = [

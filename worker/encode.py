@@ -56,7 +56,7 @@ class Encoder:
         self._compactors = {index: compact for index, compact in enumerate(compactors) if compact is not None}
         self._dictionaries = [index for index, field in enumerate(schema) if has_dictionaries(field.type)]
         self._sink = _Sink()
-        self._writer = pa.ipc.new_stream(pa.PythonFile(self._sink, mode="w"), schema)
+        self._writer = self._new_writer()
 
     @property
     def compresses(self) -> bool:
@@ -132,9 +132,13 @@ class Encoder:
             if plain_size <= aim or batch.num_rows == 1:
                 whole = self._compressor.compress(whole)
         # A dictionary that does not fit is replaced by those of the parts, which use less of it.
-        fitting = [dictionary for dictionary in dictionaries if dictionary.size <= self._limit]
-        yield from fitting
-        if len(fitting) == len(dictionaries) and whole.size <= (aim if batch.num_rows > 1 else self._limit):
+        fits = all(dictionary.size <= self._limit for dictionary in dictionaries)
+        if fits:
+            yield from dictionaries
+        else:
+            # The writer takes them for sent, and would leave out what of the parts is equal.
+            self._writer = self._new_writer()
+        if fits and whole.size <= (aim if batch.num_rows > 1 else self._limit):
             yield whole
         elif batch.num_rows > 1:
             rows = ceil(batch.num_rows / max(2, ceil(plain_size / self._target)))
@@ -158,6 +162,9 @@ class Encoder:
             return batch
         arrays = [columns.get(index, column) for index, column in enumerate(batch.columns)]
         return pa.RecordBatch.from_arrays(arrays, schema=self._schema)
+
+    def _new_writer(self) -> pa.ipc.RecordBatchStreamWriter:
+        return pa.ipc.new_stream(pa.PythonFile(self._sink, mode="w"), self._schema)
 
     def _write(self, batch: pa.RecordBatch) -> list[Message]:
         # Costs next to nothing, since it does not copy.
