@@ -58,7 +58,7 @@ def compressor(codec: Codec) -> Compressor:
 
 
 @pytest.mark.parametrize("column", COLUMNS, ids=lambda column: str(column.type))
-@pytest.mark.parametrize("part", [slice(None), slice(3, ROWS - 1), slice(2, 2)], ids=["whole", "sliced", "empty"])
+@pytest.mark.parametrize("part", [slice(None), slice(3, ROWS - 1)], ids=["whole", "sliced"])
 def test_batches_of_a_type_come_back(compressor: Compressor, column: pa.Array, part: slice) -> None:
     length = len(range(ROWS)[part])
     batch = _batch(column=pa.concat_arrays([column] * (ROWS // len(column)))).slice(part.start or 0, length)
@@ -67,7 +67,7 @@ def test_batches_of_a_type_come_back(compressor: Compressor, column: pa.Array, p
     compressed = [compressor.compress(message) for message in plain]
 
     assert _decode(batch.schema, compressed).equals(pa.Table.from_batches([batch]))
-    assert compressed[-1].size < plain[-1].size or not length or not body_length(plain[-1].header)
+    assert compressed[-1].size < plain[-1].size or not body_length(plain[-1].header)
     for before, after in zip(plain, compressed, strict=True):
         assert header_type(after.header) == header_type(before.header)
         assert len(after.header) % 8 == 0

@@ -1,6 +1,6 @@
 """Record batches into Arrow IPC messages, with no copy of their data. Pure: no gRPC, no event loop."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import ceil
 
 import pyarrow as pa
@@ -86,17 +86,20 @@ class Encoder:
             yield from self._messages(batch, self._target)
 
     def _conform(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        if batch.schema.equals(self._schema):
+        schema = batch.schema
+        if schema.equals(self._schema):
             return batch
+        columns = {}
         if self._expands_views:
-            batch = _without_views(batch)
-        if batch.schema.types != self._schema.types:
-            raise ExecutionFailed(f"a batch has columns of {batch.schema.types}, those before of {self._schema.types}")
+            views = [index for index, field in enumerate(schema) if is_view(field.type)]
+            columns = {index: without_views(batch.column(index)) for index in views}
+            schema = plain_schema(schema)
+        if schema.types != self._schema.types:
+            raise ExecutionFailed(f"a batch has columns of {schema.types}, those before of {self._schema.types}")
         # Some operators pass on batches that differ from the plan's schema in what their fields say of nulls.
-        for index, field in enumerate(self._schema):
-            if not field.equals(batch.schema.field(index)):
-                batch = batch.set_column(index, field, batch.column(index))
-        return batch
+        others = [index for index, field in enumerate(self._schema) if not field.equals(schema.field(index))]
+        columns |= {index: batch.column(index) for index in others if index not in columns}
+        return self._with_columns(batch, columns)
 
     def _joined(self, batches: Sequence[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """The batches, neighbours that are small joined as far as the target goes."""
@@ -156,11 +159,16 @@ class Encoder:
                 columns[index] = compacted
         return self._with_columns(batch, columns)
 
-    def _with_columns(self, batch: pa.RecordBatch, columns: dict[int, pa.Array]) -> pa.RecordBatch:
-        # All at once: to set one takes as long as there are columns.
+    def _with_columns(self, batch: pa.RecordBatch, columns: Mapping[int, pa.Array]) -> pa.RecordBatch:
         if not columns:
             return batch
-        arrays = [columns.get(index, column) for index, column in enumerate(batch.columns)]
+        try:
+            arrays = [columns.get(index, column) for index, column in enumerate(batch.columns)]
+        except KeyError:
+            # pyarrow has no class for some intervals. To set one takes as long as there are columns, so not otherwise.
+            for index, column in columns.items():
+                batch = batch.set_column(index, self._schema.field(index), column)
+            return batch
         return pa.RecordBatch.from_arrays(arrays, schema=self._schema)
 
     def _new_writer(self) -> pa.ipc.RecordBatchStreamWriter:
@@ -185,13 +193,6 @@ def plain_schema(schema: pa.Schema) -> pa.Schema:
     """A schema with plain text and bytes for columns of views, as DataFusion has it with ``expand_views_at_output``."""
     fields = [field.with_type(plain_type(field.type)) if is_view(field.type) else field for field in schema]
     return pa.schema(fields, schema.metadata)
-
-
-def _without_views(batch: pa.RecordBatch) -> pa.RecordBatch:
-    for index, field in enumerate(batch.schema):
-        if is_view(field.type):
-            batch = batch.set_column(index, field.with_type(plain_type(field.type)), without_views(batch.column(index)))
-    return batch
 
 
 def _concatenated(batches: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
