@@ -2,8 +2,7 @@
 
 import ctypes
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 
 class Interrupted(Exception):
@@ -21,13 +20,15 @@ class Interruptible:
         self._thread: int | None = None
         self._interrupted = False
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Around what may be interrupted; ends quietly where it was."""
+    def run(self, call: Callable[[], None]) -> None:
+        """Makes the call; returns quietly where it was interrupted.
+
+        No context manager: what is raised on the way into one, or out of it, passes it by.
+        """
         self._thread = threading.get_ident()
         try:
             try:
-                yield
+                call()
             finally:
                 with self._lock:
                     _raise_in(self._thread, None)

@@ -124,7 +124,8 @@ class PartitionStream:
 
     def _start_reading(self) -> "asyncio.Future[Any]":
         if self._fast_reads >= READS_BEFORE_FLOW:
-            reading = self._threads.run(partial(self._read_blocking, self._stream, time.monotonic()))
+            read = partial(self._read_blocking, self._stream, time.monotonic())
+            reading = self._threads.run(partial(self._blocking.run, read))
             if reading is not None:
                 return reading
         started: asyncio.Future[Any] = self._stream.__anext__()
@@ -150,19 +151,18 @@ class PartitionStream:
     def _read_blocking(self, stream: Any, start: float) -> None:
         """Reads, in a thread, until there is enough, or until the stream does not flow any more."""
         size = 0
-        with self._blocking.running():
-            while size < READ_AHEAD_BYTES and not self._closed:
-                try:
-                    batch = next(stream).to_pyarrow()
-                except StopIteration:
-                    self._ended = True
-                    return
-                self._batches.append(batch)
-                size += batch.get_total_buffer_size()
-                last, start = start, time.monotonic()
-                if start - last > FLOW_SECONDS:
-                    self._fast_reads = -1
-                    return
+        while size < READ_AHEAD_BYTES and not self._closed:
+            try:
+                batch = next(stream).to_pyarrow()
+            except StopIteration:
+                self._ended = True
+                return
+            self._batches.append(batch)
+            size += batch.get_total_buffer_size()
+            last, start = start, time.monotonic()
+            if start - last > FLOW_SECONDS:
+                self._fast_reads = -1
+                return
 
 
 def let_go(read: "asyncio.Future[Any]") -> None:
