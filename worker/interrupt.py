@@ -5,8 +5,8 @@ import threading
 from collections.abc import Callable
 
 
-class Interrupted(Exception):
-    """Raised in the thread of what was interrupted."""
+class Interrupted(BaseException):
+    """Raised in the thread of what was interrupted. No ``Exception``, which a user's function there might catch."""
 
 
 class Interruptible:
