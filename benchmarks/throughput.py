@@ -25,6 +25,8 @@ QUICK_SHARE = 8
 def main() -> None:
     options = _arguments()
     share = QUICK_SHARE if options.quick else 1
+    if options.plot is not None:
+        from benchmarks.plot import draw  # only those who want a plot need what draws it
     with ExitStack() as stack:
         worker, other = stack.enter_context(running_servers())
         fresh = stack.enter_context(running_servers())
@@ -38,8 +40,6 @@ def main() -> None:
         found = costs(measured)
         print_costs(found)
         if options.plot is not None:
-            from benchmarks.plot import draw  # only those who want a plot need what draws it
-
             draw(found, options.plot)
         print_wire(cases, worker, other)
         print_queries(plans.one_row(), worker, other, helpers, options.rounds, SECONDS_OF_QUERIES / share)

@@ -190,6 +190,7 @@ async def test_a_query_that_fails_leaves_no_file_and_says_why(tmp_path: Path) ->
         (["--table", "a=sales.xlsx", "SELECT 1"], 2, "'sales.xlsx' does not end in one of .parquet"),
         (["--output", "rows.xlsx", "SELECT 1"], 2, "'rows.xlsx' does not end in one of .parquet"),
         (["--header", "token", "SELECT 1"], 2, "'token' is not of the form name=value"),
+        (["--header", "a token=x", "SELECT 1"], 2, "'a token' is not a header's name"),
         (["--url", "here", "SELECT 1"], 1, "'grpc://host:port' is right"),
         (["--url", "grpc://127.0.0.1:1", "SELECT 1"], 1, "UNAVAILABLE"),
     ],

@@ -158,14 +158,26 @@ def test_no_message_goes_beyond_the_limit_however_uneven_the_rows(limit: int, se
 def test_a_row_larger_than_the_limit_is_an_error_that_names_column_and_size(column: pa.Array) -> None:
     batch = _batch(small=["a", "b"], large=column)
     encoder = Encoder(batch.schema, LIMIT)
-    with pytest.raises(
-        ResponseTooLarge, match=r"column 'large' takes 4194\d{3} bytes, .* may have 41942\d\d"
-    ) as caught:
+    with pytest.raises(ResponseTooLarge, match=r"419\d{4} of them in column 'large', .* may have 41942\d\d:") as caught:
         list(encoder.encode([batch]))
     assert "max_message_size" in str(caught.value)
     # With a larger limit it is sent.
     _encode([batch], 2 * LIMIT)
     _encode([batch.slice(1)], 2 * LIMIT)
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
+def test_the_size_of_a_row_is_its_own_and_not_that_of_its_batch(kind: pa.DataType) -> None:
+    texts = ["y" * 1000] * 2000
+    batch = _batch(small=texts, large=pa.array([None] * 1999 + ["x" * LIMIT], kind))
+    with pytest.raises(ResponseTooLarge, match=r"a row takes 419\d{4} bytes, 419\d{4} of them in column 'large'"):
+        list(Encoder(batch.schema, LIMIT).encode([batch]))
+
+
+def test_columns_that_are_too_large_together_are_added_up() -> None:
+    batch = _batch(a=["x" * (LIMIT // 2)], b=["x" * (LIMIT // 2)])
+    with pytest.raises(ResponseTooLarge, match=r"a row takes 419\d{4} bytes, 209\d{4} of them in column 'a'"):
+        list(Encoder(batch.schema, LIMIT).encode([batch]))
 
 
 def test_a_schema_larger_than_the_limit_is_an_error() -> None:

@@ -69,11 +69,11 @@ class Settings(BaseSettings):
         default=ByteSize(4 * MEBIBYTE),
         ge=MEBIBYTE // 16,
         le=2047 * MEBIBYTE,
-        description="the largest message that is sent; clients of gRPC accept 4MiB unless told otherwise",
+        description="the largest message that is sent, 64KiB at least; gRPC's clients accept 4MiB unless told otherwise",
     )
     compression: Literal["none", "lz4", "zstd"] = Field(
         default="none",
-        description="how what is sent is compressed, unless the request's headers say",
+        description="how what is sent is compressed, unless the request's headers say: none, lz4 or zstd",
     )
     idle_time: float = Field(
         default=60,
@@ -94,5 +94,5 @@ class Settings(BaseSettings):
         description="seconds between health NOT_SERVING and the refusal of new requests, for load balancers to notice",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="the least that is logged"
+        default="info", description="the least that is logged: debug, info, warning or error"
     )

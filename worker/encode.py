@@ -71,7 +71,10 @@ class Encoder:
         """
         message = Message(self._schema.serialize().to_pybytes()[PREFIX_BYTES:], [])
         if message.size > self._limit:
-            raise ResponseTooLarge(f"the schema takes {message.size} bytes, and a message may have {self._limit}")
+            raise ResponseTooLarge(
+                f"the schema takes {message.size} bytes, and a message may have {self._limit}: raise the worker's "
+                "max_message_size and your client's limit, or select less"
+            )
         return message
 
     def encode(self, batches: Sequence[pa.RecordBatch]) -> Iterator[Message]:
@@ -181,12 +184,21 @@ class Encoder:
         return [message for message in _messages(self._sink.take()) if header_type(message.header) != HeaderType.SCHEMA]
 
     def _too_large(self, row: pa.RecordBatch) -> ResponseTooLarge:
-        sizes = [row.select([index]).get_total_buffer_size() for index in range(row.num_columns)]
-        size = max(sizes)
+        sizes = [_size(row.select([index])) for index in range(row.num_columns)]
+        largest = max(sizes)
         return ResponseTooLarge(
-            f"a row's value in column {self._schema.names[sizes.index(size)]!r} takes {size} bytes, and a message may "
-            f"have {self._limit}: raise the worker's max_message_size and your client's limit, or select less of it"
+            f"a row takes {sum(sizes)} bytes, {largest} of them in column "
+            f"{self._schema.names[sizes.index(largest)]!r}, and a message may have {self._limit}: raise the worker's "
+            "max_message_size and your client's limit, ask for compression, or select less"
         )
+
+
+def _size(batch: pa.RecordBatch) -> int:
+    """Bytes of the messages of a batch, with its dictionaries."""
+    sink = pa.MockOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return int(sink.size())
 
 
 def plain_schema(schema: pa.Schema) -> pa.Schema:

@@ -150,6 +150,7 @@ class Worker(Flight_pb2_grpc.FlightServiceServicer):
             ticket = PlanTicket.from_bytes(request.ticket)
             query = self._query_context(ticket, context)
             compression = output.compression(query.headers) or self._settings.compression
+            expand_views = output.expand_views(query.headers)
             session = await self._session_builder.build_session_state(query)
             inlining = query.builder.python_udf_inlining
             async with self._tasks.partition(ticket, query.principal, session, python_udf_inlining=inlining) as (
@@ -161,7 +162,7 @@ class Worker(Flight_pb2_grpc.FlightServiceServicer):
                     group[0].schema if group else await task.schema(),
                     self._settings.max_message_size,
                     compression=compression,
-                    expand_views=query.builder.expands_views,
+                    expand_views=query.builder.expands_views if expand_views is None else expand_views,
                 )
                 yield self._count(encoder.schema())
                 while group:
@@ -265,19 +266,18 @@ class Worker(Flight_pb2_grpc.FlightServiceServicer):
 
     async def _describe(self, ticket: PlanTicket, context: Context) -> tuple[int, pa.Schema]:
         query = self._query_context(ticket, context)
+        expand_views = output.expand_views(query.headers)
         session = await self._session_builder.build_session_state(query)
         inlining = query.builder.python_udf_inlining
         async with self._tasks.task(ticket, query.principal, session, python_udf_inlining=inlining) as task:
             schema = await task.schema()
-            return task.partition_count, plain_schema(schema) if query.builder.expands_views else schema
+            is_plain = query.builder.expands_views if expand_views is None else expand_views
+            return task.partition_count, plain_schema(schema) if is_plain else schema
 
     def _query_context(self, ticket: PlanTicket, context: Context) -> WorkerQueryContext:
         headers = Headers(context.invocation_metadata() or ())
-        builder = SessionStateBuilder(self._settings.memory_limit, self._settings.spill_folder)
-        if (expand_views := output.expand_views(headers)) is not None:
-            builder.with_config_option(output.EXPAND_VIEWS_OPTION, expand_views)
         return WorkerQueryContext(
-            builder=builder,
+            builder=SessionStateBuilder(self._settings.memory_limit, self._settings.spill_folder),
             headers=headers,
             task_index=ticket.task_index,
             task_count=ticket.task_count,

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import re
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing
@@ -147,7 +148,12 @@ def _pair(text: str, what: str) -> tuple[str, str]:
 
 
 def _header(text: str) -> tuple[str, str]:
-    return _pair(text, "name=value")
+    name, value = _pair(text, "name=value")
+    if not re.fullmatch(r"[0-9A-Za-z_.-]+", name):
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is not a header's name: letters, digits, '-', '_' and '.' are right"
+        )
+    return name, value
 
 
 def _table(text: str) -> tuple[str, str]:
