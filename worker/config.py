@@ -69,7 +69,7 @@ class Settings(BaseSettings):
         default=ByteSize(4 * MEBIBYTE),
         ge=MEBIBYTE // 16,
         le=2047 * MEBIBYTE,
-        description="the largest message that is sent, 64KiB at least; gRPC's clients accept 4MiB unless told otherwise",
+        description="the largest message, 64KiB at least; clients of gRPC accept 4MiB unless they are told otherwise",
     )
     compression: Literal["none", "lz4", "zstd"] = Field(
         default="none",
