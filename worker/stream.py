@@ -12,7 +12,7 @@ import pyarrow as pa
 from datafusion import RecordBatchStream
 
 from worker import plan
-from worker.encode import SMALL_BATCH, TARGET_SIZE
+from worker.encode import TARGET_SIZE
 from worker.errors import Unavailable
 from worker.interrupt import Interruptible
 
@@ -20,8 +20,8 @@ from worker.interrupt import Interruptible
 # fourth. A stream that finds no thread free is awaited, so that none ever waits for another to be read.
 READ_THREADS = 8
 
-# A stream flows while none of its reads takes longer. Only then is a thread blocked for it, and a small batch held back
-# for more to join it: for as long again at most.
+# A stream flows while none of its reads takes longer. Only then is a thread blocked for it, and a batch held back for
+# more to go with it: for as long again at most.
 FLOW_SECONDS = 0.01
 
 # So many fast reads make a flow: a result of one batch ends with the second.
@@ -77,7 +77,7 @@ class PartitionStream:
         self._reading: asyncio.Future[Any] | None = self._start_reading()
 
     async def read(self) -> list[pa.RecordBatch]:
-        """The next batches: one, or as many small ones as come close together; none after the last.
+        """The next batches: one, or as many as come close together; none after the last.
 
         Raises:
             ExecutionFailed, ResourcesExhausted, EnginePanicked: DataFusion failed.
@@ -121,8 +121,8 @@ class PartitionStream:
     def _has_enough(self) -> bool:
         if not self._batches or self._fast_reads < READS_BEFORE_FLOW:
             return bool(self._batches)
-        sizes: list[int] = [batch.get_total_buffer_size() for batch in list(self._batches)]
-        return max(sizes) > SMALL_BATCH or sum(sizes) >= TARGET_SIZE
+        size: int = sum(batch.get_total_buffer_size() for batch in list(self._batches))
+        return size >= TARGET_SIZE
 
     def _start_reading(self) -> "asyncio.Future[Any]":
         if self._fast_reads >= READS_BEFORE_FLOW:
