@@ -85,8 +85,8 @@ class Encoder:
             ResponseTooLarge: a single row does not fit into a message.
         """
         # One without rows shows nothing, whatever it holds.
-        for batch in self._joined([self._conform(batch) for batch in batches if batch.num_rows]):
-            yield from self._messages(batch, self._target)
+        for batch in self._joined([batch for batch in batches if batch.num_rows]):
+            yield from self._messages(self._conform(batch), self._target)
 
     def _conform(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         schema = batch.schema
@@ -119,7 +119,9 @@ class Encoder:
         yield from _concatenated(group)
 
     def _with_dictionaries_of(self, first: pa.RecordBatch, batch: pa.RecordBatch) -> pa.RecordBatch | None:
-        """The batch with the very dictionaries of another, None if it has others, or some that are nested."""
+        """The batch with the very dictionaries of another; None if it has others, or nested ones, or another schema."""
+        if self._dictionaries and not batch.schema.equals(first.schema):
+            return None
         columns = {}
         for index in self._dictionaries:
             column, known = batch.column(index), first.column(index)
@@ -213,7 +215,7 @@ def _concatenated(batches: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
     try:
         return [pa.concat_batches(batches)]
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        # Dictionaries with NaN are no longer equal to themselves, and some cannot be joined with others.
+        # Of other schemas, or with NaN in dictionaries, which are then not equal to themselves.
         return batches
 
 
