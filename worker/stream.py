@@ -90,8 +90,10 @@ class PartitionStream:
             if not self._reading.done():
                 left = start + FLOW_SECONDS - time.monotonic()
                 if left <= 0:
-                    self._fast_reads = 0
+                    # First this: a thread that reads looks at it after each batch, and ends with that.
+                    self._fast_reads = -1
                     if self._batches:
+                        self._fast_reads = 0
                         break
                 await asyncio.wait((self._reading,), timeout=left if left > 0 else None)
             if self._closed:
@@ -162,7 +164,7 @@ class PartitionStream:
             self._batches.append(batch)
             size += batch.get_total_buffer_size()
             last, start = start, time.monotonic()
-            if start - last > FLOW_SECONDS:
+            if start - last > FLOW_SECONDS or self._fast_reads < 0:
                 self._fast_reads = -1
                 return
 
