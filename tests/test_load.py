@@ -152,6 +152,25 @@ async def test_a_partition_that_was_still_to_be_executed_when_the_worker_closed_
             await task.execute(0, alone=alone)
 
 
+async def test_a_partition_that_was_being_executed_when_the_worker_closed_is_not_read() -> None:
+    tasks, session, plan = Tasks(1), SessionStateBuilder().build(), rows_plan(1, 1)
+    instance = await tasks.decode(session, plan)
+    await tasks.close()
+    with pytest.raises(Unavailable):
+        tasks.stream(session.execute(instance, 0))
+
+
+async def test_a_request_whose_plan_was_being_decoded_when_the_worker_closed_is_unavailable() -> None:
+    slow_to_decode = f"value not in ({', '.join(str(number) for number in range(1_000_000, 1_020_000))})"
+    async with running_worker() as running, grpc.aio.insecure_channel(running.address) as channel:
+        call = FlightServiceStub(channel).DoGet(Ticket(ticket=plan_ticket(rows_plan(1, 1, slow_to_decode))))
+        await until(lambda: running.worker.statistics().plans_decoded == 1)
+        await running.worker.close()
+        with pytest.raises(grpc.aio.AioRpcError, match="the worker was closed") as refused:
+            await _drain(call)
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
 async def test_slow_synchronous_builders_do_not_keep_others_from_theirs() -> None:
     """As many as the threads of asyncio's own pool wait, until somebody else has been served."""
     served = threading.Event()

@@ -1,5 +1,6 @@
 """The Arrow Flight servicer: one handler an RPC, and the one place where errors become statuses."""
 
+import asyncio
 import hashlib
 import logging
 import secrets
@@ -259,6 +260,9 @@ class Worker(Flight_pb2_grpc.FlightServiceServicer):
         except BaseException as error:
             if is_cancellation(error):
                 raise
+            if isinstance(error, asyncio.CancelledError):
+                # Nobody cancels what a request waits for but the worker, when it is closed.
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "the worker was closed")
             logger.exception("request failed")
             await context.abort(grpc.StatusCode.INTERNAL, "internal error: the worker's log says why")
         finally:

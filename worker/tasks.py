@@ -193,7 +193,13 @@ class Tasks:
         return await self.in_thread(plan.decode, session, plan_bytes)
 
     def stream(self, executed: RecordBatchStream) -> PartitionStream:
-        """What reads an executed partition."""
+        """What reads an executed partition.
+
+        Raises:
+            Unavailable: the worker was closed.
+        """
+        if self._closed:
+            raise Unavailable("the worker was closed")
         return PartitionStream(executed, self._read_threads)
 
     def in_thread(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
