@@ -1,5 +1,6 @@
 """What settings, headers and sessions say of the batches that a request gets."""
 
+import random
 from collections.abc import Mapping
 
 import grpc
@@ -12,6 +13,7 @@ from support import Header, fetch_one, in_threads, status, stub
 from worker import Settings, Worker, WorkerQueryContext, plan_ticket
 from worker.message import header_type
 from worker.proto.Flight_pb2 import FlightData, Ticket
+from worker.service import ENCODED_AT_ONCE
 from worker.testing import RunningWorker, running_worker
 
 COMPRESSION = "x-datafusion-distributed-config-distributed.compression"
@@ -140,6 +142,39 @@ async def test_a_row_beyond_the_limit_is_an_error_that_says_so() -> None:
         assert "of them in column 'large'" in details
         running.worker.with_max_message_size(8 << 20)
         assert (await fetch_one(running, plan_ticket(plan))).num_rows == 1
+
+
+async def _has_another(call: grpc.aio.UnaryStreamCall[Ticket, FlightData]) -> bool:
+    """Whether a message comes before the end, whatever that is."""
+    try:
+        return await call.read() is not grpc.aio.EOF
+    except grpc.aio.AioRpcError:
+        return False
+
+
+_IN_A_THREAD = pytest.mark.xfail(strict=True, reason="what a thread encodes is sent when all of it is encoded")
+
+
+@pytest.mark.parametrize(
+    ("compression", "size"),
+    [
+        ("none", 4_500_000),
+        pytest.param("none", ENCODED_AT_ONCE, marks=_IN_A_THREAD),
+        pytest.param("zstd", 4_500_000, marks=_IN_A_THREAD),
+    ],
+)
+async def test_the_rows_before_one_that_is_beyond_the_limit_arrive(compression: str, size: int) -> None:
+    session = SessionContext()
+    noise = random.Random(1).randbytes(size)
+    batch = pa.RecordBatch.from_pydict({"data": [b"a", b"b", noise]})
+    plan = session.create_dataframe([[batch]]).execution_plan().to_bytes()
+    async with running_worker() as running, stub(running.address) as flight_service:
+        call = flight_service.DoGet(Ticket(ticket=plan_ticket(plan)), metadata=((COMPRESSION, compression),))
+        messages = 0
+        while await _has_another(call):
+            messages += 1
+        assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert messages > 1
 
 
 @pytest.mark.parametrize("size", [0, 1024, 4 << 30])

@@ -180,6 +180,25 @@ def test_columns_that_are_too_large_together_are_added_up() -> None:
         list(Encoder(batch.schema, LIMIT).encode([batch]))
 
 
+@pytest.mark.xfail(
+    raises=ResponseTooLarge, strict=True, reason="parts of list views, and of views in unions and runs, keep all data"
+)
+@pytest.mark.parametrize("nest", ["list view", "union of views", "runs of views"])
+def test_columns_that_are_not_looked_into_are_divided_too(nest: str) -> None:
+    rows = 2000
+    texts = pa.array([f"{row:0100}" for row in range(rows)], pa.string_view())
+    match nest:
+        case "list view":
+            column = pa.array([[row] * 10 for row in range(rows)], pa.list_view(pa.int64()))
+        case "union of views":
+            column = pa.UnionArray.from_sparse(pa.array([0] * rows, pa.int8()), [texts])
+        case _:
+            column = pa.RunEndEncodedArray.from_arrays(pa.array(range(1, rows + 1), pa.int32()), texts)
+    encoder = Encoder(pa.schema([("column", column.type)]), SMALL_LIMIT)
+    messages = [encoder.schema(), *encoder.encode([_batch(column=column)])]
+    assert read_messages(messages).num_rows == rows
+
+
 def test_a_schema_larger_than_the_limit_is_an_error() -> None:
     schema = pa.schema([pa.field("a", pa.int8(), metadata={"k": "v" * SMALL_LIMIT})])
     with pytest.raises(ResponseTooLarge, match="the schema takes"):
