@@ -11,9 +11,9 @@ from pyarrow import flight
 from support import Header, fetch_one, in_threads, status, stub
 
 from worker import Settings, Worker, WorkerQueryContext, plan_ticket
+from worker.encode import ENCODED_AT_ONCE
 from worker.message import header_type
 from worker.proto.Flight_pb2 import FlightData, Ticket
-from worker.service import ENCODED_AT_ONCE
 from worker.testing import RunningWorker, running_worker
 
 COMPRESSION = "x-datafusion-distributed-config-distributed.compression"
@@ -152,15 +152,12 @@ async def _has_another(call: grpc.aio.UnaryStreamCall[Ticket, FlightData]) -> bo
         return False
 
 
-_IN_A_THREAD = pytest.mark.xfail(strict=True, reason="what a thread encodes is sent when all of it is encoded")
-
-
 @pytest.mark.parametrize(
     ("compression", "size"),
     [
         ("none", 4_500_000),
-        pytest.param("none", ENCODED_AT_ONCE, marks=_IN_A_THREAD),
-        pytest.param("zstd", 4_500_000, marks=_IN_A_THREAD),
+        ("none", ENCODED_AT_ONCE),
+        ("zstd", 4_500_000),
     ],
 )
 async def test_the_rows_before_one_that_is_beyond_the_limit_arrive(compression: str, size: int) -> None:

@@ -5,6 +5,7 @@ from functools import partial
 from typing import TypeAlias
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from worker.dictionaries import DictionaryCompactor
 from worker.views import compact_views, is_view
@@ -14,13 +15,26 @@ Compactor: TypeAlias = Callable[[pa.Array], pa.Array]
 # Intervals for which pyarrow has no class: it raises KeyError where one of their arrays would come out.
 _WITHOUT_CLASS = {pa.lib.Type_INTERVAL_MONTHS, pa.lib.Type_INTERVAL_DAY_TIME}
 
-_NESTED = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_struct, pa.types.is_map)
+# How many buffers an array of a nested type has itself, before those of its children. Dense unions are not here, since
+# nothing takes out of their children what they do not show.
+_OWN_BUFFERS = {
+    pa.lib.Type_STRUCT: 1,
+    pa.lib.Type_FIXED_SIZE_LIST: 1,
+    pa.lib.Type_RUN_END_ENCODED: 1,
+    pa.lib.Type_LIST: 2,
+    pa.lib.Type_LARGE_LIST: 2,
+    pa.lib.Type_MAP: 2,
+    pa.lib.Type_SPARSE_UNION: 2,
+    pa.lib.Type_LIST_VIEW: 3,
+    pa.lib.Type_LARGE_LIST_VIEW: 3,
+}
+
+_LISTS = {pa.lib.Type_LIST, pa.lib.Type_LARGE_LIST, pa.lib.Type_MAP}
+_LIST_VIEWS = {pa.lib.Type_LIST_VIEW, pa.lib.Type_LARGE_LIST_VIEW}
 
 
 def compactor(data_type: pa.DataType, dictionary_limit: int) -> Compactor | None:
     """What compacts arrays of a type, for one column of one stream; None where there is nothing to compact.
-
-    Looks into extension types, lists, structs and maps; not into list views, unions and run-end encoded arrays.
 
     Args:
         data_type: the type of the arrays to come.
@@ -33,16 +47,15 @@ def compactor(data_type: pa.DataType, dictionary_limit: int) -> Compactor | None
         return compact_views
     if pa.types.is_dictionary(data_type):
         return DictionaryCompactor(dictionary_limit)
-    if any(is_type(data_type) for is_type in _NESTED):
-        fields = [data_type.field(index) for index in range(data_type.num_fields)]
-        if any(field.type.id in _WITHOUT_CLASS for field in fields):
-            return None
-        children = [compactor(field.type, dictionary_limit) for field in fields]
-        if any(children):
-            return partial(_compact_children, children)
-        is_list = pa.types.is_list(data_type) or pa.types.is_large_list(data_type) or pa.types.is_map(data_type)
-        return _compact_empty_lists if is_list else None
-    return None
+    if data_type.id not in _OWN_BUFFERS:
+        return None
+    types = _child_types(data_type)
+    if any(child.id in _WITHOUT_CLASS for child in types):
+        return None
+    children = [compactor(child, dictionary_limit) for child in types]
+    if any(children) or data_type.id in _LIST_VIEWS:
+        return partial(_compact_children, children)
+    return _compact_empty_lists if data_type.id in _LISTS else None
 
 
 def _compact_storage(compact: Compactor, array: pa.ExtensionArray) -> pa.Array:
@@ -71,28 +84,42 @@ def _compact_children(compactors: Sequence[Compactor | None], array: pa.Array) -
     ]
     if all(after is before for after, before in zip(compacted, children, strict=True)):
         return array
-    own = 1 if pa.types.is_struct(array.type) or pa.types.is_fixed_size_list(array.type) else 2
-    return pa.Array.from_buffers(array.type, len(array), array.buffers()[:own], array.null_count, 0, compacted)
+    own = array.buffers()[: _OWN_BUFFERS[array.type.id]]
+    return pa.Array.from_buffers(array.type, len(array), own, array.null_count, 0, compacted)
+
+
+def _child_types(data_type: pa.DataType) -> list[pa.DataType]:
+    if pa.types.is_run_end_encoded(data_type):
+        return [data_type.run_end_type, data_type.value_type]
+    return [data_type.field(index).type for index in range(data_type.num_fields)]
 
 
 def _children(array: pa.Array) -> list[pa.Array]:
-    if pa.types.is_struct(array.type):
-        return [array.field(index) for index in range(array.type.num_fields)]
-    if pa.types.is_map(array.type):
-        fields = [array.type.key_field, array.type.item_field]
-        return [pa.StructArray.from_arrays([array.keys, array.items], fields=fields)]
-    return [array.values]
+    match array.type.id:
+        case pa.lib.Type_STRUCT | pa.lib.Type_SPARSE_UNION:
+            return [array.field(index) for index in range(array.type.num_fields)]
+        case pa.lib.Type_RUN_END_ENCODED:
+            return [array.run_ends, array.values]
+        case pa.lib.Type_MAP:
+            fields = [array.type.key_field, array.type.item_field]
+            return [pa.StructArray.from_arrays([array.keys, array.items], fields=fields)]
+        case _:
+            return [array.values]
 
 
 def _shows_all(array: pa.Array) -> bool:
     """Whether there is nothing in an array's children but what it shows."""
-    if array.offset:
+    if array.offset or not len(array):
         return False
-    if pa.types.is_struct(array.type):
-        return True
-    if pa.types.is_fixed_size_list(array.type):
-        return bool(len(array.values) == len(array) * array.type.list_size)
-    if not len(array):
-        return False
-    values = array.keys if pa.types.is_map(array.type) else array.values
-    return bool(array.offsets[0].as_py() == 0 and array.offsets[len(array)].as_py() == len(values))
+    match array.type.id:
+        case pa.lib.Type_STRUCT | pa.lib.Type_SPARSE_UNION:
+            return True
+        case pa.lib.Type_RUN_END_ENCODED:
+            return bool(array.run_ends[-1].as_py() == len(array))
+        case pa.lib.Type_FIXED_SIZE_LIST:
+            return bool(len(array.values) == len(array) * array.type.list_size)
+        case pa.lib.Type_LIST_VIEW | pa.lib.Type_LARGE_LIST_VIEW:
+            return bool(len(array.values) <= (pc.sum(array.sizes).as_py() or 0))
+        case _:
+            values = array.keys if pa.types.is_map(array.type) else array.values
+            return bool(array.offsets[0].as_py() == 0 and array.offsets[len(array)].as_py() == len(values))

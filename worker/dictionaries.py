@@ -12,23 +12,33 @@ SMALL_DICTIONARY = 64 * 1024
 DICTIONARY_WASTE = 2.0
 
 
-def has_dictionaries(data_type: pa.DataType) -> bool:
-    """Whether there are dictionaries in arrays of a type, however deep."""
+def has_dictionaries(data_type: pa.DataType, *, of_floats: bool = False) -> bool:
+    """Whether there are dictionaries in arrays of a type, however deep; if asked so, only those with floats in them."""
+    if pa.types.is_dictionary(data_type):
+        return not of_floats or _has_floats(data_type.value_type)
+    return any(has_dictionaries(child, of_floats=of_floats) for child in _children(data_type))
+
+
+def _has_floats(data_type: pa.DataType) -> bool:
+    return pa.types.is_floating(data_type) or any(map(_has_floats, _children(data_type)))
+
+
+def _children(data_type: pa.DataType) -> list[pa.DataType]:
     if isinstance(data_type, pa.BaseExtensionType):
-        return has_dictionaries(data_type.storage_type)
-    if pa.types.is_run_end_encoded(data_type):
-        return has_dictionaries(data_type.value_type)
-    return pa.types.is_dictionary(data_type) or any(
-        has_dictionaries(data_type.field(index).type) for index in range(data_type.num_fields)
-    )
+        return [data_type.storage_type]
+    if pa.types.is_run_end_encoded(data_type) or pa.types.is_dictionary(data_type):
+        return [data_type.value_type]
+    return [data_type.field(index).type for index in range(data_type.num_fields)]
 
 
 def is_same(array: pa.Array, other: pa.Array) -> bool:
     """Whether two arrays of a type are equal, for most types by where they are in memory."""
     if array is other:
         return True
-    # Buffers do not tell where in a child an array begins.
-    return bool(_place(array) == _place(other) if _is_flat(array.type) else array.equals(other))
+    if _is_flat(array.type):
+        return _place(array) == _place(other)
+    # Buffers do not tell where in a child an array begins, and 0.0 is equal to -0.0.
+    return not _has_floats(array.type) and bool(array.equals(other))
 
 
 def with_dictionary(array: pa.DictionaryArray, dictionary: pa.Array) -> pa.DictionaryArray:

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import logging
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -37,9 +37,6 @@ Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 # What a request or an answer has beside its ticket: descriptors, field tags. gRPC counts it in its limit.
 MESSAGE_OVERHEAD = 64 * 1024
-
-# Encoding takes up to 0.3 ms for so much, more would keep the event loop busy.
-ENCODED_AT_ONCE = 5_000_000
 
 # Clients refuse metadata beyond 8 KiB (or 16, by their version), in which there is more than the text.
 MAX_DETAILS = 6 * 1024
@@ -167,7 +164,8 @@ class Worker(Flight_pb2_grpc.FlightServiceServicer):
                 )
                 yield self._count(encoder.schema())
                 while group:
-                    for message in await self._encode(encoder, group):
+                    messages, is_slow = encoder.encode(group), encoder.takes_long(group)
+                    while message := await self._next(messages, in_thread=is_slow):
                         yield self._count(message)
                     self._rows_sent += sum(batch.num_rows for batch in group)
                     group = await batches.read()
@@ -298,11 +296,8 @@ class Worker(Flight_pb2_grpc.FlightServiceServicer):
             digest.update(b"%d " % len(parts) + b"".join(b"%d %b" % (len(part), part) for part in parts))
         return digest.hexdigest()
 
-    async def _encode(self, encoder: Encoder, batches: list[pa.RecordBatch]) -> Iterable[Message]:
-        size = sum(batch.get_total_buffer_size() for batch in batches)
-        if size <= ENCODED_AT_ONCE and not encoder.compresses:
-            return encoder.encode(batches)
-        return await self._tasks.in_thread(list, encoder.encode(batches))
+    async def _next(self, messages: Iterator[Message], *, in_thread: bool) -> Message | None:
+        return await self._tasks.in_thread(next, messages, None) if in_thread else next(messages, None)
 
     def _count(self, message: Message) -> Message:
         self._bytes_sent += message.size
