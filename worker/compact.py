@@ -72,12 +72,12 @@ def _compact_empty_lists(array: pa.Array) -> pa.Array:
     values = array.keys if pa.types.is_map(array.type) else array.values
     if not len(values) or array.offsets[0].as_py() != array.offsets[len(array)].as_py():
         return array
-    return pa.concat_arrays([array])
+    return _trimmed(array)
 
 
 def _compact_children(compactors: Sequence[Compactor | None], array: pa.Array) -> pa.Array:
-    if not _shows_all(array):
-        array = pa.concat_arrays([array])
+    if not _shows_all(array) and (array := _trimmed(array)).offset:
+        return array
     children = _children(array)
     compacted = [
         child if compact is None else compact(child) for compact, child in zip(compactors, children, strict=True)
@@ -86,6 +86,14 @@ def _compact_children(compactors: Sequence[Compactor | None], array: pa.Array) -
         return array
     own = array.buffers()[: _OWN_BUFFERS[array.type.id]]
     return pa.Array.from_buffers(array.type, len(array), own, array.null_count, 0, compacted)
+
+
+def _trimmed(array: pa.Array) -> pa.Array:
+    """A copy of what an array shows, from offset 0 on; the array itself where Arrow cannot make one."""
+    try:
+        return pa.concat_arrays([array])
+    except pa.ArrowNotImplementedError:
+        return array
 
 
 def _child_types(data_type: pa.DataType) -> list[pa.DataType]:
