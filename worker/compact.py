@@ -7,7 +7,7 @@ from typing import TypeAlias
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from worker.dictionaries import DictionaryCompactor
+from worker.dictionaries import DictionaryCompactor, child_types
 from worker.views import compact_views, is_view
 
 Compactor: TypeAlias = Callable[[pa.Array], pa.Array]
@@ -49,7 +49,7 @@ def compactor(data_type: pa.DataType, dictionary_limit: int) -> Compactor | None
         return DictionaryCompactor(dictionary_limit)
     if data_type.id not in _OWN_BUFFERS:
         return None
-    types = _child_types(data_type)
+    types = child_types(data_type)
     if any(child.id in _WITHOUT_CLASS for child in types):
         return None
     children = [compactor(child, dictionary_limit) for child in types]
@@ -69,8 +69,7 @@ def _compact_empty_lists(array: pa.Array) -> pa.Array:
 
     Arrow's writer leaves that out of lists that have elements, but sends the buffers of children without any whole.
     """
-    values = array.keys if pa.types.is_map(array.type) else array.values
-    if not len(values) or array.offsets[0].as_py() != array.offsets[len(array)].as_py():
+    if not len(_elements(array)) or array.offsets[0].as_py() != array.offsets[len(array)].as_py():
         return array
     return _trimmed(array)
 
@@ -94,12 +93,6 @@ def _trimmed(array: pa.Array) -> pa.Array:
         return pa.concat_arrays([array])
     except pa.ArrowNotImplementedError:
         return array
-
-
-def _child_types(data_type: pa.DataType) -> list[pa.DataType]:
-    if pa.types.is_run_end_encoded(data_type):
-        return [data_type.run_end_type, data_type.value_type]
-    return [data_type.field(index).type for index in range(data_type.num_fields)]
 
 
 def _children(array: pa.Array) -> list[pa.Array]:
@@ -129,5 +122,9 @@ def _shows_all(array: pa.Array) -> bool:
         case pa.lib.Type_LIST_VIEW | pa.lib.Type_LARGE_LIST_VIEW:
             return bool(len(array.values) <= (pc.sum(array.sizes).as_py() or 0))
         case _:
-            values = array.keys if pa.types.is_map(array.type) else array.values
-            return bool(array.offsets[0].as_py() == 0 and array.offsets[len(array)].as_py() == len(values))
+            return bool(array.offsets[0].as_py() == 0 and array.offsets[len(array)].as_py() == len(_elements(array)))
+
+
+def _elements(array: pa.Array) -> pa.Array:
+    """What the offsets of lists and maps count."""
+    return array.keys if pa.types.is_map(array.type) else array.values

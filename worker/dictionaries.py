@@ -16,17 +16,20 @@ def has_dictionaries(data_type: pa.DataType, *, of_floats: bool = False) -> bool
     """Whether there are dictionaries in arrays of a type, however deep; if asked so, only those with floats in them."""
     if pa.types.is_dictionary(data_type):
         return not of_floats or _has_floats(data_type.value_type)
-    return any(has_dictionaries(child, of_floats=of_floats) for child in _children(data_type))
+    return any(has_dictionaries(child, of_floats=of_floats) for child in child_types(data_type))
 
 
 def _has_floats(data_type: pa.DataType) -> bool:
-    return pa.types.is_floating(data_type) or any(map(_has_floats, _children(data_type)))
+    return pa.types.is_floating(data_type) or any(map(_has_floats, child_types(data_type)))
 
 
-def _children(data_type: pa.DataType) -> list[pa.DataType]:
+def child_types(data_type: pa.DataType) -> list[pa.DataType]:
+    """The types of what is inside of arrays of a type; none for those without."""
     if isinstance(data_type, pa.BaseExtensionType):
         return [data_type.storage_type]
-    if pa.types.is_run_end_encoded(data_type) or pa.types.is_dictionary(data_type):
+    if pa.types.is_run_end_encoded(data_type):
+        return [data_type.run_end_type, data_type.value_type]
+    if pa.types.is_dictionary(data_type):
         return [data_type.value_type]
     return [data_type.field(index).type for index in range(data_type.num_fields)]
 
