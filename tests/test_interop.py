@@ -17,7 +17,8 @@ from strategies import streams
 from support import do_get, fetch_one
 from type_cases import CASES, PARTS, Stream, in_process
 
-from worker.output import COMPRESSION, Compression
+from worker.config import Compression
+from worker.output import COMPRESSION
 from worker.testing import running_worker
 
 # The executables of the checkers, which ``.ci/interop`` builds.

@@ -12,9 +12,9 @@ from strategies import streams
 from support import read_messages
 
 from worker import dictionaries, encode
+from worker.config import Compression
 from worker.encode import Encoder
 from worker.message import Message
-from worker.output import Compression
 
 Stream = tuple[pa.Schema, Sequence[pa.RecordBatch]]
 

@@ -13,6 +13,9 @@ MEBIBYTE = 1 << 20
 Bytes: TypeAlias = Annotated[int, BeforeValidator(TypeAdapter(ByteSize).validate_python)]
 
 
+Compression: TypeAlias = Literal["none", "lz4", "zstd"]
+
+
 def usable_memory() -> int:
     """Bytes of memory that this process may use: the machine's, or the control group's limit where that is less."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -71,7 +74,7 @@ class Settings(BaseSettings):
         le=2047 * MEBIBYTE,
         description="the largest message, 64KiB at least; clients of gRPC accept 4MiB unless they are told otherwise",
     )
-    compression: Literal["none", "lz4", "zstd"] = Field(
+    compression: Compression = Field(
         default="none",
         description="how what is sent is compressed, unless the request's headers say: none, lz4 or zstd",
     )

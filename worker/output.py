@@ -3,12 +3,14 @@
 The names are those that coordinators of Distributed DataFusion send their settings under.
 """
 
-from typing import Literal, TypeAlias, get_args
+from collections.abc import Mapping
+from typing import TypeVar, get_args
 
+from worker.config import Compression
 from worker.errors import InvalidHeader
 from worker.headers import Headers
 
-Compression: TypeAlias = Literal["none", "lz4", "zstd"]
+T = TypeVar("T")
 
 CONFIG_PREFIX = "x-datafusion-distributed-config-"
 COMPRESSION = CONFIG_PREFIX + "distributed.compression"
@@ -24,13 +26,8 @@ def compression(headers: Headers) -> Compression | None:
     Raises:
         InvalidHeader: it says something else.
     """
-    value = headers.get(COMPRESSION)
-    if value is None:
-        return None
-    for known in get_args(Compression):
-        if value == known:
-            return known  # type: ignore[no-any-return]
-    raise _invalid(COMPRESSION, value, ", ".join(get_args(Compression)))
+    known: tuple[Compression, ...] = get_args(Compression)
+    return _one_of(dict(zip(known, known, strict=True)), headers, COMPRESSION, ", ".join(known))
 
 
 def expand_views(headers: Headers) -> bool | None:
@@ -39,13 +36,13 @@ def expand_views(headers: Headers) -> bool | None:
     Raises:
         InvalidHeader: it says something else.
     """
-    value = headers.get(EXPAND_VIEWS)
+    return _one_of({"true": True, "false": False}, headers, EXPAND_VIEWS, "true or false")
+
+
+def _one_of(known: Mapping[str, T], headers: Headers, name: str, right: str) -> T | None:
+    value = headers.get(name)
     if value is None:
         return None
-    if value not in ("true", "false"):
-        raise _invalid(EXPAND_VIEWS, value, "true or false")
-    return bool(value == "true")
-
-
-def _invalid(name: str, value: object, right: str) -> InvalidHeader:
-    return InvalidHeader(f"header {name!r} is {value!r}: {right} is right")
+    if not isinstance(value, str) or value not in known:
+        raise InvalidHeader(f"header {name!r} is {value!r}: {right} is right")
+    return known[value]
