@@ -84,9 +84,7 @@ class PartitionStream:
             Unavailable: the stream was closed.
         """
         start = time.monotonic()
-        if self._reading is not None and self._reading.done() and not self._closed:
-            self._finish(self._reading)
-        while self._reading is not None and not self._has_enough():
+        while self._reading is not None and (self._reading.done() or not self._has_enough()):
             if not self._reading.done():
                 left = start + FLOW_SECONDS - time.monotonic()
                 if left <= 0:
