@@ -9,11 +9,10 @@ import pyarrow as pa
 from datafusion import ExecutionPlan
 
 from benchmarks.plans import Case
+from benchmarks.wire import LARGEST
 from worker import SessionStateBuilder, flight_data, keep_freed_memory
 from worker.encode import Encoder
 from worker.stream import READ_AHEAD_BYTES
-
-LIMIT = 4 << 20
 
 Use: TypeAlias = Callable[[Iterable[pa.RecordBatch]], None]
 
@@ -50,7 +49,7 @@ def _read(batches: Iterable[pa.RecordBatch]) -> None:
 def _encode(batches: Iterable[pa.RecordBatch]) -> None:
     encoder = None
     for group in _groups(batches):
-        encoder = encoder or Encoder(group[0].schema, LIMIT)
+        encoder = encoder or Encoder(group[0].schema, LARGEST)
         for message in encoder.encode(group):
             flight_data.serialize(message)
 

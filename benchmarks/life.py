@@ -7,11 +7,10 @@ from statistics import median
 
 from benchmarks.report import print_table
 from benchmarks.servers import Server
-from benchmarks.wire import DoGet, do_get, request
+from benchmarks.wire import LARGEST, DoGet, do_get, request
 from worker import PlanTicket, SessionStateBuilder, flight_data, plan, plan_ticket
 from worker.encode import Encoder
 from worker.partitionwise import make_partitions_independent
-from worker.session import apply_partition_wise_options
 
 
 def print_life(plans: dict[str, bytes], worker: Server, other: Server, helper: Executor, requests: int) -> None:
@@ -59,8 +58,6 @@ def _life(ticket: bytes) -> dict[str, float]:
     lap("ticket")
     session = SessionStateBuilder().build()
     lap("session")
-    apply_partition_wise_options(session)
-    lap("options")
     plan_bytes = plan.without_python_udfs(request.plan)
     message = plan.parse(plan_bytes)
     if make_partitions_independent(session, message):
@@ -72,7 +69,7 @@ def _life(ticket: bytes) -> dict[str, float]:
     lap("execute")
     batch = next(stream).to_pyarrow()
     lap("first batch")
-    encoder = Encoder(batch.schema, 4 << 20)
+    encoder = Encoder(batch.schema, LARGEST)
     for encoded in (encoder.schema(), *encoder.encode([batch])):
         flight_data.serialize(encoded)
     lap("encode")

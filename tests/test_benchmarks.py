@@ -1,6 +1,5 @@
 """The benchmark runs, and prints the ratios that it is for, each with whether it holds."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -29,8 +28,7 @@ def plot(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def printed(plot: Path) -> dict[str, list[list[str]]]:
     """The cells of every table, by the first words of its title."""
-    drawing = ["--plot", str(plot)] if importlib.util.find_spec("matplotlib") else []
-    command = [sys.executable, "-m", "benchmarks.throughput", "--quick", "--rounds", "1", *drawing]
+    command = [sys.executable, "-m", "benchmarks.throughput", "--quick", "--rounds", "1", "--plot", str(plot)]
     output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     _circumstances, *parts = output.split("\n\n")
     titles, tables = parts[::2], parts[1::2]
@@ -89,7 +87,6 @@ def test_the_peak_memory_of_both_servers_is_printed(printed: dict[str, list[list
 
 @pytest.mark.usefixtures("printed")
 def test_the_plot_is_drawn(plot: Path) -> None:
-    pytest.importorskip("matplotlib")
     drawn = plot.read_text()
     assert all(result in drawn for result in RESULTS)
     assert len(drawn) < 50_000
