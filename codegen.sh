@@ -32,10 +32,10 @@ generate() { # options and files of protoc
   PATH="$PWD/$venv/bin:$PATH" "$venv/bin/python" -m grpc_tools.protoc \
     -Iworker/proto=proto --python_out="$new" --mypy_out=quiet:"$new" "$@"
 }
-generate worker/proto/plan.proto
+generate worker/proto/plan.proto worker/proto/nodes.proto
 # The stubs are for grpc.aio alone, and a servicer need not implement every method.
 generate --grpc_python_out="$new" --mypy_grpc_out=quiet,only_async,generate_concrete_servicer_stubs:"$new" \
-  worker/proto/Flight.proto
+  worker/proto/Flight.proto worker/proto/worker.proto
 
 if [[ $* == --check ]]; then
   if ! diff -ru --exclude=__init__.py --exclude='*.binpb' --exclude=__pycache__ worker/proto "$new/worker/proto"; then
