@@ -2,10 +2,11 @@
 
 Layers, each importing only from those before it: errors, message, allocator, interrupt; headers, ticket, config,
 output; plan_proto, session, plan, partitionwise; views, dictionaries, compact, compress, encode, decode, flight_data;
-stream; tasks; service; server, client, testing, importer; the command lines.
+stream; tasks; servicer; cluster; service; server, client, testing, importer; the command lines.
 """
 
 from worker.allocator import keep_freed_memory
+from worker.cluster.service import add_WorkerServiceServicer_to_server
 from worker.config import Settings
 from worker.errors import (
     EnginePanicked,
@@ -18,6 +19,8 @@ from worker.errors import (
     NotFound,
     PartitionOutOfRange,
     PermissionDenied,
+    PlanNotSet,
+    QueryEnded,
     QuotaExceeded,
     ResourcesExhausted,
     ResponseTooLarge,
@@ -25,10 +28,12 @@ from worker.errors import (
     StageKeyConflict,
     Unauthenticated,
     Unavailable,
+    UpstreamFailed,
     WorkerError,
 )
 from worker.headers import Headers
-from worker.service import Statistics, Worker, add_FlightServiceServicer_to_server, server_options
+from worker.service import Worker, add_FlightServiceServicer_to_server, server_options
+from worker.servicer import Statistics
 from worker.session import (
     DefaultSessionBuilder,
     SessionBuilder,
@@ -51,7 +56,9 @@ __all__ = [
     "NotFound",
     "PartitionOutOfRange",
     "PermissionDenied",
+    "PlanNotSet",
     "PlanTicket",
+    "QueryEnded",
     "QuotaExceeded",
     "ResourcesExhausted",
     "ResponseTooLarge",
@@ -64,11 +71,13 @@ __all__ = [
     "Statistics",
     "Unauthenticated",
     "Unavailable",
+    "UpstreamFailed",
     "Worker",
     "WorkerError",
     "WorkerQueryContext",
     "WorkerSessionBuilder",
     "add_FlightServiceServicer_to_server",
+    "add_WorkerServiceServicer_to_server",
     "keep_freed_memory",
     "plan_ticket",
     "server_options",

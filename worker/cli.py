@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from typing import NoReturn
 
 from pydantic import ByteSize, ValidationError
@@ -103,7 +102,6 @@ def _parser() -> argparse.ArgumentParser:
             default=argparse.SUPPRESS,
             help=f"{field.description}{shown}".replace("%", "%%"),
         )
-    parser.add_argument("--version", action="version", version=version("datafusion-flight-worker"))
     return parser
 
 

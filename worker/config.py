@@ -47,6 +47,7 @@ class Settings(BaseSettings):
         description="this worker's own URI for the endpoints of GetFlightInfo, such as grpc://worker-3:8000; "
         "without it, clients come back on the connection they have",
     )
+    version: str = Field(default="", description="what coordinators are told that this worker is, such as 2026-11-25")
     memory_limit: Bytes = Field(
         default_factory=lambda: ByteSize(usable_memory() // 2),
         gt=0,

@@ -11,6 +11,9 @@
     ├── ResourcesExhausted       RESOURCE_EXHAUSTED   DataFusion ran out of its memory pool or disk
     ├── ExecutionFailed          INTERNAL             DataFusion failed while it ran the plan
     ├── EnginePanicked           INTERNAL             DataFusion panicked; the worker goes on
+    ├── UpstreamFailed           the upstream's       a worker that this one reads from failed, or is not there
+    ├── QueryEnded               CANCELLED            the coordinator ended the query
+    ├── PlanNotSet               DEADLINE_EXCEEDED    no coordinator sent the plan of a task that was asked for
     ├── SessionBuilderFailed     INTERNAL             the session builder raised what is not below
     ├── Unauthenticated          UNAUTHENTICATED      for session builders: nobody said who asks
     ├── PermissionDenied         PERMISSION_DENIED    for session builders: who asks may not
@@ -22,15 +25,13 @@
 The text of a ``WorkerError`` goes to the client as it is, so it never holds a secret.
 """
 
-from typing import ClassVar
-
 import grpc
 
 
 class WorkerError(Exception):
     """The root of all errors that the worker answers with a status and their own text."""
 
-    status: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+    status: grpc.StatusCode = grpc.StatusCode.INTERNAL
 
 
 class InvalidRequest(WorkerError):
@@ -79,6 +80,33 @@ class ExecutionFailed(WorkerError):
 
 class EnginePanicked(WorkerError):
     """DataFusion panicked, in decoding or in execution. Later requests are not affected."""
+
+
+class UpstreamFailed(WorkerError):
+    """A worker that this one reads from answered with an error, which is passed on as it is."""
+
+    def __init__(self, text: str, status: grpc.StatusCode, details: bytes = b"") -> None:
+        """
+        Args:
+            text: what the upstream said.
+            status: the upstream's.
+            details: the upstream's protobuf of the error, where it sent one.
+        """
+        super().__init__(text)
+        self.status = status
+        self.details = details
+
+
+class QueryEnded(WorkerError):
+    """The coordinator has ended the query, while somebody was reading its tasks."""
+
+    status = grpc.StatusCode.CANCELLED
+
+
+class PlanNotSet(WorkerError):
+    """A task was asked for whose plan no coordinator has sent within some seconds."""
+
+    status = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 class SessionBuilderFailed(WorkerError):

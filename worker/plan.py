@@ -206,6 +206,11 @@ def _replace_by_empty(node: plan_proto.Message, schema: plan_proto.Message, part
     node.CopyFrom(empty)
 
 
+def schema_message(schema: pa.Schema) -> plan_proto.Message:
+    """A schema as DataFusion's protobuf has it."""
+    return _empty_scan(schema).memory_scan.schema
+
+
 def _empty_scan(schema: pa.Schema) -> plan_proto.Message:
     """A ``MemoryScan`` of one batch without rows."""
     batch = pa.RecordBatch.from_arrays([pa.nulls(0, field.type) for field in schema], schema=schema)

@@ -31,6 +31,8 @@ def _load_pool() -> descriptor_pool.DescriptorPool:
 _POOL = _load_pool()
 _NODE: Descriptor = _POOL.FindMessageTypeByName("datafusion.PhysicalPlanNode")
 PhysicalPlanNode: Callable[[], Message] = message_factory.GetMessageClass(_NODE)
+Partitioning: Message = message_factory.GetMessageClass(_POOL.FindMessageTypeByName("datafusion.Partitioning"))
+Schema: Message = message_factory.GetMessageClass(_POOL.FindMessageTypeByName("datafusion_common.Schema"))
 
 
 def _enum(name: str) -> dict[str, int]:

@@ -1,130 +1,36 @@
-"""The Arrow Flight servicer: one handler an RPC, and the one place where errors become statuses."""
+"""The Arrow Flight servicer: one handler an RPC."""
 
-import asyncio
-import hashlib
-import logging
-import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Any, NoReturn, Self, TypeAlias
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, NoReturn
 
 import grpc
 import pyarrow as pa
 
 from worker import flight_data, output
+from worker.cluster.service import ClusterServicer
 from worker.config import Settings
 from worker.encode import Encoder, plain_schema
-from worker.errors import InvalidTicket, ResponseTooLarge, SessionBuilderFailed, WorkerError
-from worker.headers import Headers
+from worker.errors import InvalidTicket, ResponseTooLarge
 from worker.message import Message
 from worker.proto import Flight_pb2, Flight_pb2_grpc
-from worker.session import (
-    DefaultSessionBuilder,
-    SessionBuilder,
-    SessionBuilderLike,
-    SessionStateBuilder,
-    WorkerQueryContext,
-    is_cancellation,
-)
-from worker.tasks import Tasks
+from worker.servicer import Context
+from worker.session import WorkerQueryContext
 from worker.ticket import PlanTicket, StageKey
-
-logger = logging.getLogger("worker")
-
-Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 # What a request or an answer has beside its ticket: descriptors, field tags. gRPC counts it in its limit.
 MESSAGE_OVERHEAD = 64 * 1024
 
-# Clients refuse metadata beyond 8 KiB (or 16, by their version), in which there is more than the text.
-MAX_DETAILS = 6 * 1024
-
 SERVICE: str = Flight_pb2.DESCRIPTOR.services_by_name["FlightService"].full_name
 
 
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """What a worker holds now, and what it has done since it started."""
-
-    requests: int
-    """Requests under way."""
-    streams: int
-    """Partitions being streamed."""
-    tasks: int
-    """Plans held, for streams under way and for partitions yet to be asked for."""
-    plans_decoded: int
-    partitions_executed: int
-    rows_sent: int
-    bytes_sent: int
-    """Bytes of IPC messages, metadata and bodies."""
-
-
-class Worker(Flight_pb2_grpc.FlightServiceServicer):
+class Worker(ClusterServicer, Flight_pb2_grpc.FlightServiceServicer):
     """Executes DataFusion plans that come in Flight tickets, a partition a request.
 
     An asyncio servicer, to be added to a ``grpc.aio`` server with ``add_FlightServiceServicer_to_server``, and closed
     with ``close`` (or ``async with``) after the server has stopped.
     """
-
-    def __init__(self, session_builder: SessionBuilderLike | None = None, *, settings: Settings | None = None) -> None:
-        """
-        Args:
-            session_builder: makes the session of every request; ``DefaultSessionBuilder`` where there is none.
-            settings: of which ``host``, ``port`` and what else is about a server have no meaning here.
-        """
-        self._settings = settings if settings is not None else Settings()
-        builder = session_builder or DefaultSessionBuilder()
-        self._session_builder = builder if isinstance(builder, SessionBuilder) else SessionBuilder(builder)
-        self._tasks = Tasks(self._settings.idle_time)
-        self._principal_key = secrets.token_bytes(32)
-        self._requests = 0
-        self._rows_sent = 0
-        self._bytes_sent = 0
-
-    @classmethod
-    def from_session_builder(cls, session_builder: SessionBuilderLike, *, settings: Settings | None = None) -> Self:
-        """A worker whose sessions are made by a function of a ``WorkerQueryContext``, or an object with such a method.
-
-        The method's name is ``build_session_state``, as ``WorkerSessionBuilder`` says.
-        """
-        return cls(session_builder, settings=settings)
-
-    def with_max_message_size(self, size: int) -> Self:
-        """Sets the largest message that is sent, in bytes, framing included; the setting's default is 4 MiB.
-
-        Raises:
-            pydantic.ValidationError: it is not between 64 KiB and 2047 MiB.
-        """
-        values = self._settings.model_dump(exclude_unset=True) | {"max_message_size": size}
-        self._settings = Settings(**values)
-        return self
-
-    def statistics(self) -> Statistics:
-        """What is held now and was done so far."""
-        tasks = self._tasks.statistics()
-        return Statistics(
-            requests=self._requests,
-            streams=tasks.streams,
-            tasks=tasks.tasks,
-            plans_decoded=tasks.plans_decoded,
-            partitions_executed=tasks.partitions_executed,
-            rows_sent=self._rows_sent,
-            bytes_sent=self._bytes_sent,
-        )
-
-    async def close(self) -> None:
-        """Drops all tasks. Stop the server first."""
-        await self._tasks.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.close()
 
     async def DoGet(self, request: Flight_pb2.Ticket, context: Context) -> AsyncIterator[Flight_pb2.FlightData]:
         """The record batches of one partition of the ticket's plan, its schema first."""
@@ -146,7 +52,7 @@ class Worker(Flight_pb2_grpc.FlightServiceServicer):
         """A request's life."""
         async with self._answering(context):
             ticket = PlanTicket.from_bytes(request.ticket)
-            query = self._query_context(ticket, context)
+            query = self._query_of(ticket, context)
             compression = output.compression(query.headers) or self._settings.compression
             expand_views = output.expand_views(query.headers)
             session = await self._session_builder.build_session_state(query)
@@ -164,9 +70,9 @@ class Worker(Flight_pb2_grpc.FlightServiceServicer):
                 )
                 yield self._count(encoder.schema())
                 while group:
-                    messages, is_slow = encoder.encode(group), encoder.takes_long(group)
-                    while message := await self._next(messages, in_thread=is_slow):
-                        yield self._count(message)
+                    async with aclosing(self._tasks.messages(encoder, group)) as messages:
+                        async for message in messages:
+                            yield self._count(message)
                     self._rows_sent += sum(batch.num_rows for batch in group)
                     group = await batches.read()
 
@@ -238,36 +144,8 @@ class Worker(Flight_pb2_grpc.FlightServiceServicer):
         await _unimplemented(context, "a worker has no actions: use DoGet with the plan in the ticket")
         yield Flight_pb2.ActionType()
 
-    @asynccontextmanager
-    async def _answering(self, context: Context) -> AsyncIterator[None]:
-        """Counts a request, and turns whatever it raises into its status.
-
-        Also what is no ``Exception``: a Rust panic that left a handler would leave the client without an answer.
-        """
-        self._requests += 1
-        try:
-            yield
-        except WorkerError as error:
-            if isinstance(error, SessionBuilderFailed):
-                logger.error("request failed: %s", error, exc_info=error)
-            elif error.status is grpc.StatusCode.INTERNAL:
-                logger.error("request failed: %s", error.__cause__ or error)
-            await context.abort(error.status, _details(str(error)))
-        except (grpc.aio.AbortError, GeneratorExit, KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:
-            if is_cancellation(error):
-                raise
-            if isinstance(error, asyncio.CancelledError):
-                # Nobody cancels what a request waits for but the worker, when it is closed.
-                await context.abort(grpc.StatusCode.UNAVAILABLE, "the worker was closed")
-            logger.exception("request failed")
-            await context.abort(grpc.StatusCode.INTERNAL, "internal error: the worker's log says why")
-        finally:
-            self._requests -= 1
-
     async def _describe(self, ticket: PlanTicket, context: Context) -> tuple[int, pa.Schema]:
-        query = self._query_context(ticket, context)
+        query = self._query_of(ticket, context)
         expand_views = output.expand_views(query.headers)
         session = await self._session_builder.build_session_state(query)
         inlining = query.builder.python_udf_inlining
@@ -276,32 +154,10 @@ class Worker(Flight_pb2_grpc.FlightServiceServicer):
             is_plain = query.builder.expands_views if expand_views is None else expand_views
             return task.partition_count, plain_schema(schema) if is_plain else schema
 
-    def _query_context(self, ticket: PlanTicket, context: Context) -> WorkerQueryContext:
-        headers = Headers(context.invocation_metadata() or ())
-        return WorkerQueryContext(
-            builder=SessionStateBuilder(self._settings.memory_limit, self._settings.spill_folder),
-            headers=headers,
-            task_index=ticket.task_index,
-            task_count=ticket.task_count,
-            stage_key=ticket.stage_key,
-            principal=self._principal(headers, context),
+    def _query_of(self, ticket: PlanTicket, context: Context) -> WorkerQueryContext:
+        return self._query_context(
+            context, task_index=ticket.task_index, task_count=ticket.task_count, stage_key=ticket.stage_key
         )
-
-    def _principal(self, headers: Headers, context: Context) -> str:
-        # Keyed, so that nobody who sees the digest can try tokens against it.
-        digest = hashlib.blake2b(key=self._principal_key, digest_size=16)
-        tokens = [token.encode("utf-8", "surrogateescape") for token in headers.get_all("authorization")]
-        for parts in (tokens, list(context.peer_identities() or ())):
-            # With numbers and lengths, so that no two callers' values come to the same bytes.
-            digest.update(b"%d " % len(parts) + b"".join(b"%d %b" % (len(part), part) for part in parts))
-        return digest.hexdigest()
-
-    async def _next(self, messages: Iterator[Message], *, in_thread: bool) -> Message | None:
-        return await self._tasks.in_thread(next, messages, None) if in_thread else next(messages, None)
-
-    def _count(self, message: Message) -> Message:
-        self._bytes_sent += message.size
-        return message
 
 
 def add_FlightServiceServicer_to_server(
@@ -342,18 +198,6 @@ def _ticket_of(descriptor: Flight_pb2.FlightDescriptor) -> PlanTicket:
     if descriptor.type != Flight_pb2.FlightDescriptor.CMD:
         raise InvalidTicket("the descriptor is not a command: its cmd must be a worker.plan.DoGet message")
     return PlanTicket.from_bytes(descriptor.cmd)
-
-
-def _details(text: str) -> str:
-    """A text as gRPC can carry it: percent-encoded, in a trailer that clients take only if it is short."""
-    kept: list[str] = []
-    size = 0
-    for character in text.encode("utf-8", "replace").decode():
-        size += 1 if " " <= character <= "~" and character != "%" else 3 * len(character.encode())
-        if size > MAX_DETAILS:
-            return "".join(kept) + " ..."
-        kept.append(character)
-    return "".join(kept)
 
 
 async def _unimplemented(context: Context, instead: str) -> NoReturn:

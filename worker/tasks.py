@@ -1,9 +1,9 @@
 """Tasks: one instance of a plan each, found by who asks and by stage key, and the streams of their partitions."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,7 +11,9 @@ import pyarrow as pa
 from datafusion import ExecutionPlan, RecordBatchStream, SessionContext
 
 from worker import plan
+from worker.encode import Encoder
 from worker.errors import PartitionOutOfRange, StageKeyConflict, Unavailable
+from worker.message import Message
 from worker.partitionwise import make_partitions_independent
 from worker.stream import PartitionStream, ReadThreads, let_go
 from worker.ticket import PlanTicket
@@ -176,16 +178,31 @@ class Tasks:
             except asyncio.CancelledError:
                 self.in_background(self._give_up(entry, ticket.partition))
                 raise
-            stream = await task.execute(ticket.partition, alone=ticket.stage_key is None)
-            self._streams.add(stream)
-            self._partitions_executed += 1
-            try:
+            with self.open(await task.execute(ticket.partition, alone=ticket.stage_key is None)) as stream:
                 yield task, stream
-            finally:
-                self._streams.discard(stream)
-                stream.close()
         finally:
             self._leave(entry)
+
+    @contextmanager
+    def open(self, stream: PartitionStream) -> Iterator[PartitionStream]:
+        """Counts a stream for as long as the block lasts, and closes it."""
+        self._streams.add(stream)
+        self._partitions_executed += 1
+        try:
+            yield stream
+        finally:
+            self._streams.discard(stream)
+            stream.close()
+
+    async def messages(self, encoder: Encoder, batches: Sequence[pa.RecordBatch]) -> AsyncGenerator[Message, None]:
+        """The messages of batches, encoded in a thread where that takes long."""
+        messages = encoder.encode(batches)
+        if encoder.takes_long(batches):
+            while message := await self.in_thread(next, messages, None):
+                yield message
+        else:
+            for message in messages:
+                yield message
 
     async def decode(self, session: SessionContext, plan_bytes: bytes) -> ExecutionPlan:
         """A fresh instance of a plan, decoded in a thread."""

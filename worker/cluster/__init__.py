@@ -1,0 +1,1 @@
+"""The dialect of Distributed DataFusion 4: plans that a coordinator sets, and exchange between workers."""

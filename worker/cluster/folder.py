@@ -1,0 +1,54 @@
+"""Where input is kept that is too large for memory: a folder for each process, gone when that ends."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+
+PREFIX = "worker-exchange-"
+LOCK = "lock"
+
+
+class ExchangeFolder:
+    """A temporary folder, made when it is first needed.
+
+    Those of workers that were killed are deleted then: nobody holds their locks.
+    """
+
+    def __init__(self, parent: Path | None) -> None:
+        """
+        Args:
+            parent: where it is to be; the system's temporary folder if None.
+        """
+        self._parent = Path(parent or tempfile.gettempdir())
+        self._folder: Path | None = None
+        self._lock = -1
+
+    def new(self) -> Path:
+        """A path in it that nothing has."""
+        if self._folder is None:
+            self._delete_abandoned()
+            self._folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=self._parent))
+            self._lock = os.open(self._folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        return self._folder / uuid.uuid4().hex
+
+    def close(self) -> None:
+        """Deletes it. Blocks."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            os.close(self._lock)
+            self._folder = None
+
+    def _delete_abandoned(self) -> None:
+        for folder in self._parent.glob(PREFIX + "*"):
+            with contextlib.suppress(OSError):
+                lock = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+                finally:
+                    os.close(lock)

@@ -1,0 +1,88 @@
+"""Messages of several partitions as one stream, and of one partition as several streams."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+
+from worker.message import Message
+
+# Messages that wait to be sent. Each partition makes its next one while its last one waits.
+READY_MESSAGES = 4
+
+
+async def interleaved(
+    sources: Mapping[int, AsyncGenerator[Message, None]],
+) -> AsyncGenerator[tuple[int, Message], None]:
+    """What comes from any of several partitions, as it comes, with the partition. All are closed with it.
+
+    Raises:
+        Exception: the first that any of them raised, after what came before.
+    """
+    ready: asyncio.Queue[tuple[int, Message] | None] = asyncio.Queue(READY_MESSAGES)
+
+    async def pump(partition: int, source: AsyncGenerator[Message, None]) -> None:
+        async with aclosing(source):
+            async for message in source:
+                await ready.put((partition, message))
+
+    async def pump_all() -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for partition, source in sources.items():
+                    group.create_task(pump(partition, source))
+        except BaseExceptionGroup as errors:
+            # The others were cancelled because of the first.
+            raise errors.exceptions[0] from None
+        finally:
+            await ready.put(None)
+
+    pumping = asyncio.ensure_future(pump_all())
+    try:
+        while (item := await ready.get()) is not None:
+            yield item
+        await pumping
+    finally:
+        pumping.cancel()
+        await asyncio.gather(pumping, return_exceptions=True)
+
+
+class Replay:
+    """Messages that are made once and read from the start by any number of readers, at their own pace."""
+
+    def __init__(self, source: AsyncGenerator[Message, None]) -> None:
+        self._source = source
+        self._messages: list[Message] = []
+        self._error: BaseException | None = None
+        self._ended = False
+        self._more = asyncio.Event()
+
+    async def run(self) -> None:
+        """Makes the messages, to be run once; readers get its error."""
+        try:
+            async with aclosing(self._source) as source:
+                async for message in source:
+                    self._messages.append(message)
+                    self._wake()
+        except BaseException as error:
+            self._error = error
+            raise
+        finally:
+            self._ended = True
+            self._wake()
+
+    async def messages(self) -> AsyncGenerator[Message, None]:
+        """All messages, those to come too."""
+        place = 0
+        while True:
+            while place < len(self._messages):
+                yield self._messages[place]
+                place += 1
+            if self._ended:
+                break
+            await self._more.wait()
+        if self._error is not None:
+            raise self._error
+
+    def _wake(self) -> None:
+        self._more.set()
+        self._more = asyncio.Event()

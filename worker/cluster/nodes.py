@@ -1,0 +1,157 @@
+"""The network nodes of distributed plans, as which partitions of which upstream tasks they read. Pure parsing."""
+
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from google.protobuf.message import DecodeError
+
+from worker import plan_proto
+from worker.errors import InvalidPlan
+from worker.plan_proto import Message
+from worker.proto import nodes_pb2, worker_pb2
+from worker.ticket import QUERY_ID_BYTES, StageKey
+
+# What stands above the plan of a task, which whoever reads it says.
+Head: TypeAlias = worker_pb2.NoneHead | worker_pb2.BroadcastExecHead | worker_pb2.RepartitionExecHead
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which task of how many."""
+
+    index: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What a leaf reads of one task of its input stage: successive partitions."""
+
+    key: StageKey
+    url: str
+    first: int
+    slots: range
+    """The leaf's own partitions that they go to."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Leaf:
+    """A leaf that other tasks' output is to take the place of."""
+
+    node: Message
+    """The ``PhysicalPlanNode``; it is changed when the input has come."""
+    schema: Message
+    partitioning: Message
+    partitions: int
+    reads: tuple[Read, ...]
+    head: Head
+
+
+def parse(node: Message) -> nodes_pb2.Node | None:
+    """The node of an extension node; None if that is for one of the user's codecs, which then sees what it has written.
+
+    Raises:
+        InvalidPlan: it is of no kind that is known here.
+    """
+    try:
+        encoded = nodes_pb2.Encoded.FromString(node.extension.node)
+        if encoded.encoder_position:
+            node.extension.node = encoded.blob
+            return None
+        parsed = nodes_pb2.Node.FromString(encoded.blob)
+    except DecodeError as error:
+        raise InvalidPlan("an extension node of the plan is not encoded as Distributed DataFusion does") from error
+    if parsed.WhichOneof("node") is None:
+        raise InvalidPlan(f"the plan has a node that this worker does not know: {_describe(encoded.blob)}")
+    return parsed
+
+
+def distributed_kind(node: Message) -> str | None:
+    """Which node of Distributed DataFusion's it is, by its field's name; None for others."""
+    if plan_proto.kind(node) != "extension":
+        return None
+    try:
+        encoded = nodes_pb2.Encoded.FromString(node.extension.node)
+        return None if encoded.encoder_position else nodes_pb2.Node.FromString(encoded.blob).WhichOneof("node")
+    except DecodeError:
+        return None
+
+
+def leaf(node: Message, kind: str, network: nodes_pb2.Network, place: Place) -> Leaf:
+    """What a network node is to a task.
+
+    Raises:
+        InvalidPlan: the node makes no sense.
+    """
+    partitioning = plan_proto.Partitioning.FromString(network.partitioning)
+    partitions = partition_count(partitioning)
+    stage = network.input_stage
+    if len(stage.query_id) != QUERY_ID_BYTES or not stage.tasks or not partitions or place.index >= place.count:
+        raise InvalidPlan(
+            f"a {kind} node of task {place.index} of {place.count} reads {partitions} partitions from "
+            f"{len(stage.tasks)} tasks of a query with an id of {len(stage.query_id)} bytes"
+        )
+    if kind == "coalesce":
+        reads, head = list(_coalesced(stage, partitions, place)), worker_pb2.NoneHead()
+    else:
+        reads = [
+            Read(_key(stage, task), stage.tasks[task].url_str, partitions * place.index, range(partitions))
+            for task in range(len(stage.tasks))
+        ]
+        if kind == "shuffle":
+            head = worker_pb2.RepartitionExecHead(partitioning=_scaled(partitioning, place.count).SerializeToString())
+        else:
+            head = worker_pb2.BroadcastExecHead(output_partitions=partitions * place.count)
+    return Leaf(node, plan_proto.Schema.FromString(network.schema), partitioning, partitions, tuple(reads), head)
+
+
+def partition_count(partitioning: Message) -> int:
+    """How many partitions a ``datafusion.Partitioning`` has."""
+    match partitioning.WhichOneof("partition_method"):
+        case "hash":
+            return int(partitioning.hash.partition_count)
+        case "range":
+            return len(partitioning.range.split_point) + 1
+        case None:
+            return 0
+        case method:
+            return int(getattr(partitioning, method))
+
+
+def _coalesced(stage: nodes_pb2.Stage, partitions: int, place: Place) -> Iterator[Read]:
+    """The reads of a coalesce node: its task's contiguous group of input tasks, each with all of its partitions."""
+    tasks = len(stage.tasks)
+    size, larger = divmod(tasks, place.count)
+    first = place.index * size + min(place.index, larger)
+    each = partitions // max(1, -(-tasks // place.count))
+    if not each:
+        raise InvalidPlan(f"a coalesce node has {partitions} partitions for {tasks} tasks in {place.count} groups")
+    for offset in range(size + (place.index < larger)):
+        task = first + offset
+        yield Read(_key(stage, task), stage.tasks[task].url_str, 0, range(offset * each, (offset + 1) * each))
+
+
+def _key(stage: nodes_pb2.Stage, task: int) -> StageKey:
+    return StageKey(uuid.UUID(bytes=stage.query_id), stage.num, task)
+
+
+def _scaled(partitioning: Message, factor: int) -> Message:
+    """The partitioning with so many times as many partitions."""
+    scaled = plan_proto.Partitioning()
+    scaled.CopyFrom(partitioning)
+    method = partitioning.WhichOneof("partition_method")
+    if method == "hash":
+        scaled.hash.partition_count *= factor
+    elif method != "range":
+        setattr(scaled, method, getattr(scaled, method) * factor)
+    elif factor > 1:
+        raise InvalidPlan(
+            f"a shuffle by ranges is read by {factor} tasks: ranges cannot be divided further, one task is right"
+        )
+    return scaled
+
+
+def _describe(blob: bytes) -> str:
+    return f"number {blob[0] >> 3} of Distributed DataFusion's" if blob else "one without content"

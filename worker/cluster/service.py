@@ -1,0 +1,227 @@
+"""The WorkerService servicer: one handler an RPC."""
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, Self
+
+import grpc
+from datafusion import SessionContext
+
+from worker import flight_data, plan
+from worker.cluster.channels import Channels
+from worker.cluster.fetch import Source
+from worker.cluster.folder import ExchangeFolder
+from worker.cluster.nodes import Head, Place
+from worker.cluster.rewrite import Rewritten, rewrite
+from worker.cluster.settings import ClusterSettings, passed_on
+from worker.cluster.task import ClusterTask, Orders
+from worker.cluster.tasks import ClusterTasks
+from worker.config import Settings
+from worker.errors import FailedPrecondition, InvalidRequest
+from worker.message import Message
+from worker.plan_proto import Message as PlanMessage
+from worker.proto import worker_pb2, worker_pb2_grpc
+from worker.servicer import Context, Servicer, Statistics
+from worker.session import SessionBuilderLike
+from worker.ticket import QUERY_ID_BYTES, StageKey
+
+SERVICE: str = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name
+
+
+class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
+    """A worker that coordinators of Distributed DataFusion know how to drive."""
+
+    def __init__(self, session_builder: SessionBuilderLike | None = None, *, settings: Settings | None = None) -> None:
+        super().__init__(session_builder, settings=settings)
+        self._version = self._settings.version
+        self._channels = Channels()
+        self._folder = ExchangeFolder(self._settings.spill_folder)
+        self._cluster_tasks = ClusterTasks()
+
+    def with_version(self, version: str) -> Self:
+        """Sets what ``GetWorkerInfo`` says: coordinators may use workers of one version alone."""
+        self._version = version
+        return self
+
+    def with_channel_credentials(self, credentials: grpc.ChannelCredentials) -> Self:
+        """Sets how other workers are trusted, and this one shown to them, where their URLs are ``https``."""
+        self._channels.credentials = credentials
+        return self
+
+    def statistics(self) -> Statistics:
+        """What is held now and was done so far."""
+        statistics = super().statistics()
+        return replace(statistics, tasks=statistics.tasks + len(self._cluster_tasks))
+
+    async def close(self) -> None:
+        """Drops all tasks. Stop the server first."""
+        await super().close()
+        await self._channels.close()
+        self._folder.close()
+
+    async def GetWorkerInfo(self, request: Any, context: Context) -> worker_pb2.GetWorkerInfoResponse:
+        """The worker's version."""
+        return worker_pb2.GetWorkerInfoResponse(version=self._version)
+
+    async def CoordinatorChannel(self, request_iterator: AsyncIterator[Any], context: Context) -> None:
+        """A task's life: from its plan until the coordinator says that the query has ended."""
+        async with self._answering(context):
+            request = await _set_plan_request(request_iterator)
+            query = self._query_context(
+                context,
+                task_index=request.task_key.task_number,
+                task_count=request.task_count,
+                stage_key=_stage_key(request.task_key),
+            )
+            settings = ClusterSettings.from_headers(query.headers)
+
+            async def make() -> ClusterTask:
+                settings.apply(query.headers, query.builder)
+                session = await self._session_builder.build_session_state(query)
+                if request.work_unit_feed_declarations:
+                    raise FailedPrecondition(
+                        f"{len(request.work_unit_feed_declarations)} nodes of the plan are fed with work units, "
+                        "which this worker has no nodes for: run such plans on workers written in Rust"
+                    )
+                place = Place(query.task_index, query.task_count)
+                rewritten = await self._tasks.in_thread(
+                    _rewritten, session, request.plan_proto, place, query.builder.python_udf_inlining
+                )
+                orders = Orders(
+                    _stage_key(request.task_key),
+                    request.task_count,
+                    settings.compression,
+                    request.query_start_time_ns,
+                )
+                source = Source(
+                    self._channels,
+                    request.target_worker_url,
+                    self._own_output(query.principal),
+                    passed_on(query.headers),
+                    settings.buffer_budget,
+                )
+                return ClusterTask(orders, self._tasks, session, rewritten, source, self._folder.new())
+
+            async with self._cluster_tasks.task(_stage_key(request.task_key), query.principal, make) as task:
+                async for load in task.load_infos():
+                    await context.write(worker_pb2.WorkerToCoordinatorMsg(load_info=load))
+                await context.write(worker_pb2.WorkerToCoordinatorMsg(load_info_eos=True))
+                async for message in request_iterator:
+                    if message.WhichOneof("inner") == "set_plan_request":
+                        raise InvalidRequest("a CoordinatorChannel sets one plan, with its first message")
+                if settings.collect_metrics:
+                    figures = await self._tasks.in_thread(task.figures)
+                    await context.write(worker_pb2.WorkerToCoordinatorMsg(task_metrics=figures))
+
+    async def ExecuteTask(
+        self, request: worker_pb2.ExecuteTaskRequest, context: Context
+    ) -> AsyncIterator[worker_pb2.FlightData]:
+        """The record batches of a range of a task's partitions, interleaved."""
+        async with aclosing(self._execute(request, context)) as output:
+            async for partition, (header, body) in output:
+                yield worker_pb2.FlightData(
+                    data_header=header, data_body=b"".join(body), app_metadata=_app_metadata(partition)
+                )
+
+    async def _execute_bytes(self, request: worker_pb2.ExecuteTaskRequest, context: Context) -> None:
+        """``ExecuteTask`` for a handler without serializer: writes messages that are serialized already."""
+        async with aclosing(self._execute(request, context)) as output:
+            async for partition, message in output:
+                try:
+                    await context.write(flight_data.serialize(message, _app_metadata(partition)))
+                except grpc.aio.InternalError:
+                    # The caller has gone: the RPC is cancelled, its handler not yet.
+                    return
+
+    async def _execute(
+        self, request: worker_pb2.ExecuteTaskRequest, context: Context
+    ) -> AsyncGenerator[tuple[int, Message], None]:
+        """A request's life."""
+        async with self._answering(context):
+            key, head = _stage_key(request.task_key), _head(request)
+            query = self._query_context(context, task_index=key.task_number, task_count=0, stage_key=key)
+            # Its session is not used: it says whether who asks may.
+            await self._session_builder.build_session_state(query)
+            is_known = "authorization" in query.headers or context.peer_identities()
+            task = await self._cluster_tasks.find(key, query.principal if is_known else None)
+            partitions = range(request.target_partition_start, request.target_partition_end)
+            async with aclosing(task.output(partitions, head, task.orders.compression)) as output:
+                async for partition, message in output:
+                    self._count(message)
+                    yield partition, message
+
+    def _own_output(self, principal: str) -> Any:
+        async def output(key: StageKey, partitions: range, head: Head) -> AsyncGenerator[tuple[int, Message], None]:
+            task = await self._cluster_tasks.find(key, principal)
+            async with aclosing(task.output(partitions, head, "none")) as messages:
+                async for partition, message in messages:
+                    yield partition, message
+
+        return output
+
+
+def add_WorkerServiceServicer_to_server(
+    servicer: worker_pb2_grpc.WorkerServiceServicer, server: grpc.aio.Server
+) -> None:
+    """Adds a servicer to a server, like the generated function of this name, but so that a ``Worker`` sends bytes.
+
+    A class that overrides ``ExecuteTask`` is served as it is.
+    """
+    if isinstance(servicer, ClusterServicer) and type(servicer).ExecuteTask is ClusterServicer.ExecuteTask:
+        execute_task: grpc.RpcMethodHandler[worker_pb2.ExecuteTaskRequest, bytes] = (
+            grpc.unary_stream_rpc_method_handler(
+                servicer._execute_bytes,
+                request_deserializer=worker_pb2.ExecuteTaskRequest.FromString,
+                response_serializer=None,
+            )
+        )
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"ExecuteTask": execute_task}),))
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
+        server.add_registered_method_handlers(SERVICE, {"ExecuteTask": execute_task})
+    else:
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
+
+
+async def _set_plan_request(requests: AsyncIterator[worker_pb2.CoordinatorToWorkerMsg]) -> worker_pb2.SetPlanRequest:
+    first = await anext(aiter(requests), None)
+    if first is None or first.WhichOneof("inner") != "set_plan_request":
+        raise InvalidRequest("the first message of a CoordinatorChannel must be a set_plan_request")
+    request = first.set_plan_request
+    if request.task_key.task_number >= request.task_count:
+        raise InvalidRequest(f"task {request.task_key.task_number} is none of a stage of {request.task_count} tasks")
+    return request
+
+
+def _rewritten(session: SessionContext, plan_bytes: bytes, place: Place, python_udf_inlining: bool) -> Rewritten:
+    if not python_udf_inlining:
+        plan_bytes = plan.without_python_udfs(plan_bytes)
+
+    def count_partitions(part: PlanMessage) -> int:
+        return plan.decode(session, part.SerializeToString()).partition_count
+
+    return rewrite(plan.parse(plan_bytes), place, count_partitions)
+
+
+def _stage_key(key: worker_pb2.TaskKey) -> StageKey:
+    if len(key.query_id) != QUERY_ID_BYTES:
+        raise InvalidRequest(
+            f"the task key's query_id has {len(key.query_id)} bytes: a UUID of {QUERY_ID_BYTES} is right"
+        )
+    return StageKey(uuid.UUID(bytes=key.query_id), key.stage_id, key.task_number)
+
+
+def _head(request: worker_pb2.ExecuteTaskRequest) -> Head:
+    name = request.WhichOneof("producer_head")
+    if name is None:
+        raise InvalidRequest("the request has no producer_head: none, broadcast or repartition is right")
+    head: Head = getattr(request, name)
+    return head
+
+
+def _app_metadata(partition: int) -> bytes:
+    return worker_pb2.FlightAppMetadata(
+        partition=partition, created_timestamp_unix_nanos=time.time_ns()
+    ).SerializeToString()

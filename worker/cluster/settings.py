@@ -1,0 +1,83 @@
+"""What a coordinator's settings, which come as headers, say to a worker. Pure parsing.
+
+Names and defaults are those of ``DistributedConfig`` in Distributed DataFusion 4.0.0.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+from datafusion import SessionConfig
+
+from worker import output
+from worker.config import MEBIBYTE, Compression
+from worker.errors import InvalidHeader
+from worker.headers import Headers
+from worker.output import CONFIG_PREFIX
+from worker.session import SessionStateBuilder
+
+_DISTRIBUTED = CONFIG_PREFIX + "distributed."
+_DATAFUSION = CONFIG_PREFIX + "datafusion."
+
+# What gRPC itself puts into the metadata of a request, or reads from it: not to be passed on.
+_TRANSPORT = ("user-agent", "te", "content-type", "grpc-", ":")
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSettings:
+    """The settings that mean something to a worker."""
+
+    compression: Compression = "lz4"
+    collect_metrics: bool = True
+    shuffle_batch_size: int = 0
+    """Rows of a batch; 0 for what the session says otherwise."""
+    buffer_budget: int = 64 * MEBIBYTE
+    """Bytes that are held for one connection to another worker."""
+
+    @classmethod
+    def from_headers(cls, headers: Headers) -> Self:
+        """Reads them.
+
+        Raises:
+            InvalidHeader: a value makes no sense.
+        """
+        default = cls()
+        collect = headers.get(_DISTRIBUTED + "collect_metrics", "true")
+        if collect not in ("true", "false"):
+            raise InvalidHeader(f"header '{_DISTRIBUTED}collect_metrics' is {collect!r}: true or false is right")
+        return cls(
+            compression=output.compression(headers) or default.compression,
+            collect_metrics=collect == "true",
+            shuffle_batch_size=_number(headers, "shuffle_batch_size", default.shuffle_batch_size),
+            buffer_budget=_number(headers, "worker_connection_buffer_budget_bytes", default.buffer_budget),
+        )
+
+    def apply(self, headers: Headers, builder: SessionStateBuilder) -> None:
+        """Sets the options of DataFusion's that the coordinator sent, as far as the one here has them.
+
+        Raises:
+            InvalidHeader: DataFusion refuses the value of one that it has.
+        """
+        if self.shuffle_batch_size:
+            builder.with_config_option("datafusion.execution.batch_size", self.shuffle_batch_size)
+        for name in headers:
+            if name.startswith(_DATAFUSION):
+                option, value = name.removeprefix(CONFIG_PREFIX), headers[name]
+                try:
+                    SessionConfig().set(option, value)
+                except Exception as error:
+                    if "not found" in str(error):
+                        continue
+                    raise InvalidHeader(f"header {name!r} is {value!r}: {error}") from error
+                builder.with_config_option(option, value)
+
+
+def passed_on(headers: Headers) -> list[tuple[str, str | bytes]]:
+    """The headers that go on to the workers that a task reads from: all but the transport's."""
+    return [(name, value) for name in headers if not name.startswith(_TRANSPORT) for value in headers.get_all(name)]
+
+
+def _number(headers: Headers, name: str, default: int) -> int:
+    value = headers.get(_DISTRIBUTED + name, str(default))
+    if not (isinstance(value, str) and value.isascii() and value.isdigit()):
+        raise InvalidHeader(f"header '{_DISTRIBUTED}{name}' is {value!r}: a number is right")
+    return int(value)

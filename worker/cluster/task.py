@@ -1,0 +1,275 @@
+"""A task of a distributed query: the plan that its coordinator has set, its input, its output, and its figures."""
+
+import asyncio
+import shutil
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from datafusion import ExecutionPlan, SessionContext
+from datafusion.object_store import LocalFileSystem
+
+from worker import plan
+from worker.cluster import metrics
+from worker.cluster.fetch import HELD_BYTES, Source, fetch
+from worker.cluster.load import Load
+from worker.cluster.merge import Replay, interleaved
+from worker.cluster.metrics import NetworkFigures
+from worker.cluster.nodes import Head, Leaf
+from worker.cluster.received import Received
+from worker.cluster.rewrite import Origins, Rewritten, executed, with_head
+from worker.config import MEBIBYTE, Compression
+from worker.encode import Encoder
+from worker.errors import FailedPrecondition, PartitionOutOfRange, QueryEnded, Unavailable
+from worker.message import Message
+from worker.proto import worker_pb2
+from worker.session import is_cancellation
+from worker.stream import PartitionStream
+from worker.tasks import Tasks
+from worker.ticket import StageKey
+
+T = TypeVar("T")
+
+# The scheme of the store, in the task's own session, that its files of received input are in.
+STORE_SCHEME = "exchange://"
+
+# What workers send each other may be as large as gRPC allows.
+MAX_MESSAGE_SIZE = 2047 * MEBIBYTE
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What the coordinator wants of a task, beside its plan."""
+
+    key: StageKey
+    task_count: int
+    compression: Compression
+    query_start: int
+    """In nanoseconds since 1970."""
+
+
+class ClusterTask:
+    """Fetches its input from when it is made, and is executed when its output is first asked for."""
+
+    def __init__(
+        self, orders: Orders, tasks: Tasks, session: SessionContext, rewritten: Rewritten, source: Source, folder: Path
+    ) -> None:
+        """
+        Args:
+            orders: what the coordinator wants.
+            tasks: the worker's threads and streams.
+            session: what the plan is decoded and executed in, by this task alone.
+            rewritten: the plan.
+            source: how other tasks are read.
+            folder: for input that is kept in files; made and deleted by the task, with a name that no other has.
+        """
+        self.orders = orders
+        self._tasks = tasks
+        self._session = session
+        self._rewritten = rewritten
+        self._source = source
+        self._folder = folder
+        self._store_url = STORE_SCHEME + folder.name
+        self._added = time.time_ns()
+        self._executed_at: int | None = None
+        self._figures = {leaf: NetworkFigures() for leaf in rewritten.leaves}
+        self._loads: asyncio.Queue[worker_pb2.LoadInfo | None] = asyncio.Queue()
+        self._asked: set[int] = set()
+        self._closed = False
+        self._segments: list[tuple[ExecutionPlan, Origins]] = []
+        self._replays: dict[int, Replay] = {}
+        self._running: list[asyncio.Future[Any]] = []
+        if rewritten.leaves or rewritten.is_sampled:
+            folder.mkdir()
+            session.register_object_store(STORE_SCHEME, LocalFileSystem(prefix=str(folder)), folder.name)
+        self._input = self._own(self._fetch_all())
+        self._sampling = self._own(self._sample()) if rewritten.is_sampled else None
+        self._output: asyncio.Future[tuple[ExecutionPlan, int]] | None = None
+
+    async def output(
+        self, partitions: range, head: Head, compression: Compression
+    ) -> AsyncGenerator[tuple[int, Message], None]:
+        """The messages of partitions as they come, each with its partition; the first of each is its schema.
+
+        A partition without rows has none.
+
+        Args:
+            partitions: of the plan under its head; each is given once.
+            head: what stands above the plan, which the first call decides.
+            compression: what bodies are compressed with.
+
+        Raises:
+            PartitionOutOfRange: the plan has no such partition.
+            FailedPrecondition: one of them was asked for before.
+            QueryEnded: the coordinator ended the query.
+            WorkerError: the input could not be fetched, or DataFusion failed.
+        """
+        try:
+            if self._output is None:
+                self._output = self._own(self._prepare(head))
+            instance, count = await asyncio.shield(self._output)
+            self._take(partitions, count)
+            with ExitStack() as opened:
+                if isinstance(head, worker_pb2.BroadcastExecHead):
+                    inputs = instance.partition_count
+                    sources = {p: self._replay(instance, p % inputs, compression).messages() for p in partitions}
+                else:
+                    streams = await self._execute(instance, partitions, opened)
+                    sources = {
+                        p: self._encoded(stream, compression) for p, stream in zip(partitions, streams, strict=True)
+                    }
+                async with aclosing(interleaved(sources)) as messages:
+                    async for partition, message in messages:
+                        yield partition, message
+        except (asyncio.CancelledError, Unavailable) as error:
+            if not self._closed or is_cancellation(error):
+                raise
+            raise QueryEnded("the coordinator ended the query") from None
+
+    async def load_infos(self) -> AsyncIterator[worker_pb2.LoadInfo]:
+        """What there is of each partition of a plan that is sampled, as it gets known; of other plans nothing."""
+        if self._sampling is None:
+            return
+        self._sampling.add_done_callback(lambda _: self._loads.put_nowait(None))
+        while (load := await self._loads.get()) is not None:
+            yield load
+
+    def figures(self) -> worker_pb2.TaskMetrics:
+        """The metrics of the coordinator's nodes, parents before their children, and of the whole. Blocks for some ms."""
+        sets = [
+            metrics.of_node(node.metrics() if node is not None else None)
+            if leaf is None
+            else self._figures[leaf].to_proto(leaf.partitions)
+            for instance, origins in self._segments
+            for node, leaf in executed(instance, origins)
+        ]
+        of_task = metrics.of_task(self.orders.query_start, self._added, self._executed_at, time.time_ns())
+        return worker_pb2.TaskMetrics(pre_order_plan_metrics=sets, task_metrics=of_task)
+
+    async def close(self) -> None:
+        """Ends whatever goes on for the task, and deletes what is kept for it."""
+        self._closed = True
+        for running in self._running:
+            running.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+        self._segments.clear()
+        self._replays.clear()
+        self._running.clear()
+        self._output = None
+        if self._folder.exists():
+            self._session.deregister_object_store(STORE_SCHEME, self._folder.name)
+            await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
+
+    async def _fetch_all(self) -> None:
+        """Puts everything that the plan reads of other tasks into its place."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number, leaf in enumerate(self._rewritten.leaves):
+                    group.create_task(self._fetch(leaf, str(number)))
+        except BaseExceptionGroup as errors:
+            # The others were cancelled because of the first.
+            raise errors.exceptions[0] from None
+
+    async def _fetch(self, leaf: Leaf, name: str) -> None:
+        received = Received(leaf.schema, leaf.partitions, self._folder, name)
+        await fetch(leaf, self._source, received, self._figures[leaf], self._tasks)
+        leaf.node.CopyFrom(received.scan(self._store_url, leaf.partitioning))
+
+    async def _prepare(self, head: Head) -> tuple[ExecutionPlan, int]:
+        """The instance that is read, and how many partitions it has for those who read it."""
+        await asyncio.shield(self._input)
+        self._executed_at = time.time_ns()
+        below = self._rewritten.plan if self._sampling is None else await asyncio.shield(self._sampling)
+        headed, origins = with_head(below, head)
+        instance = await self._tasks.decode(self._session, headed.SerializeToString())
+        if self._sampling is None:
+            self._segments.append((instance, origins + self._rewritten.origins))
+        else:
+            self._segments.insert(0, (instance, origins))
+        if isinstance(head, worker_pb2.BroadcastExecHead):
+            return instance, head.output_partitions
+        return instance, instance.partition_count
+
+    async def _sample(self) -> Any:
+        """Executes the plan without its head, tells what there is of each partition, and makes a scan of it."""
+        await asyncio.shield(self._input)
+        plan_bytes = self._rewritten.plan.SerializeToString()
+        instance = await self._tasks.decode(self._session, plan_bytes)
+        self._segments.append((instance, self._rewritten.origins))
+        schema = await self._tasks.in_thread(plan.schema_of, self._session, plan_bytes)
+        partitions = range(instance.partition_count)
+        received = Received(plan.schema_message(schema), len(partitions), self._folder, "sampled")
+        with ExitStack() as opened:
+            streams = await self._execute(instance, partitions, opened)
+            async with asyncio.TaskGroup() as group:
+                for partition, stream in zip(partitions, streams, strict=True):
+                    group.create_task(self._sample_partition(partition, stream, received, Load(schema)))
+        await self._tasks.in_thread(received.finish)
+        return received.scan(self._store_url, None)
+
+    async def _sample_partition(self, partition: int, stream: PartitionStream, received: Received, load: Load) -> None:
+        async with aclosing(self._encoded(stream, "none", load)) as messages:
+            async for header, body in messages:
+                received.add(partition, 0, header, body)
+                if received.held > HELD_BYTES:
+                    await self._tasks.in_thread(received.flush)
+        self._loads.put_nowait(load.to_proto(partition))
+
+    def _take(self, partitions: range, count: int) -> None:
+        if partitions.stop > count or not partitions:
+            raise PartitionOutOfRange(
+                f"partitions {partitions.start} to {partitions.stop} were asked for of a task that has {count}"
+            )
+        if again := self._asked.intersection(partitions):
+            raise FailedPrecondition(f"partition {min(again)} was asked for before: each can be read once")
+        self._asked.update(partitions)
+
+    async def _execute(self, instance: ExecutionPlan, partitions: range, opened: ExitStack) -> list[PartitionStream]:
+        def execute() -> list[Any]:
+            return [self._session.execute(instance, partition) for partition in partitions]
+
+        with plan.execution_errors():
+            streams = await asyncio.shield(self._own(self._tasks.in_thread(execute)))
+        return [opened.enter_context(self._tasks.open(self._tasks.stream(stream))) for stream in streams]
+
+    async def _encoded(
+        self, stream: PartitionStream, compression: Compression, load: Load | None = None
+    ) -> AsyncGenerator[Message, None]:
+        encoder = None
+        while group := await stream.read():
+            if encoder is None:
+                encoder = Encoder(group[0].schema, MAX_MESSAGE_SIZE, compression=compression)
+                yield encoder.schema()
+            if load is not None:
+                await self._tasks.in_thread(load.add, group)
+            async with aclosing(self._tasks.messages(encoder, group)) as messages:
+                async for message in messages:
+                    yield message
+
+    def _replay(self, instance: ExecutionPlan, partition: int, compression: Compression) -> Replay:
+        """The messages of a partition that is read more than once, and computed once."""
+        replay = self._replays.get(partition)
+        if replay is None:
+            replay = self._replays[partition] = Replay(self._once(instance, partition, compression))
+            self._own(replay.run())
+        return replay
+
+    async def _once(
+        self, instance: ExecutionPlan, partition: int, compression: Compression
+    ) -> AsyncGenerator[Message, None]:
+        with ExitStack() as opened:
+            (stream,) = await self._execute(instance, range(partition, partition + 1), opened)
+            async with aclosing(self._encoded(stream, compression)) as messages:
+                async for message in messages:
+                    yield message
+
+    def _own(self, work: "Coroutine[Any, Any, T] | asyncio.Future[T]") -> "asyncio.Future[T]":
+        """Runs what ends with the task."""
+        running = self._tasks.in_background(work)
+        # Whoever needs it hears of its error, and nobody may.
+        running.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._running.append(running)
+        return running

@@ -1,0 +1,187 @@
+"""What all servicers of a worker share: its settings, session builder, tasks and counts, and the one error boundary."""
+
+import asyncio
+import hashlib
+import logging
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeAlias
+
+import grpc
+
+from worker.config import Settings
+from worker.errors import SessionBuilderFailed, UpstreamFailed, WorkerError
+from worker.headers import Headers
+from worker.message import Message
+from worker.session import (
+    DefaultSessionBuilder,
+    SessionBuilder,
+    SessionBuilderLike,
+    SessionStateBuilder,
+    WorkerQueryContext,
+    is_cancellation,
+)
+from worker.tasks import Tasks
+from worker.ticket import StageKey
+
+logger = logging.getLogger("worker")
+
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+
+# Clients refuse metadata beyond 8 KiB (or 16, by their version), in which there is more than the text.
+MAX_DETAILS = 6 * 1024
+
+# Where a status has a protobuf of the error beside its text (the convention of google.rpc.Status).
+STATUS_DETAILS = "grpc-status-details-bin"
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What a worker holds now, and what it has done since it started."""
+
+    requests: int
+    """Requests under way."""
+    streams: int
+    """Partitions being streamed."""
+    tasks: int
+    """Plans held, for streams under way and for partitions yet to be asked for."""
+    plans_decoded: int
+    partitions_executed: int
+    rows_sent: int
+    bytes_sent: int
+    """Bytes of IPC messages, metadata and bodies."""
+
+
+class Servicer:
+    """A worker without any RPC."""
+
+    def __init__(self, session_builder: SessionBuilderLike | None = None, *, settings: Settings | None = None) -> None:
+        """
+        Args:
+            session_builder: makes the session of every request; ``DefaultSessionBuilder`` where there is none.
+            settings: of which ``host``, ``port`` and what else is about a server have no meaning here.
+        """
+        self._settings = settings if settings is not None else Settings()
+        builder = session_builder or DefaultSessionBuilder()
+        self._session_builder = builder if isinstance(builder, SessionBuilder) else SessionBuilder(builder)
+        self._tasks = Tasks(self._settings.idle_time)
+        self._principal_key = secrets.token_bytes(32)
+        self._requests = 0
+        self._rows_sent = 0
+        self._bytes_sent = 0
+
+    @classmethod
+    def from_session_builder(cls, session_builder: SessionBuilderLike, *, settings: Settings | None = None) -> Self:
+        """A worker whose sessions are made by a function of a ``WorkerQueryContext``, or an object with such a method.
+
+        The method's name is ``build_session_state``, as ``WorkerSessionBuilder`` says.
+        """
+        return cls(session_builder, settings=settings)
+
+    def with_max_message_size(self, size: int) -> Self:
+        """Sets the largest message that is sent, in bytes, framing included; the setting's default is 4 MiB.
+
+        Raises:
+            pydantic.ValidationError: it is not between 64 KiB and 2047 MiB.
+        """
+        values = self._settings.model_dump(exclude_unset=True) | {"max_message_size": size}
+        self._settings = Settings(**values)
+        return self
+
+    def statistics(self) -> Statistics:
+        """What is held now and was done so far."""
+        tasks = self._tasks.statistics()
+        return Statistics(
+            requests=self._requests,
+            streams=tasks.streams,
+            tasks=tasks.tasks,
+            plans_decoded=tasks.plans_decoded,
+            partitions_executed=tasks.partitions_executed,
+            rows_sent=self._rows_sent,
+            bytes_sent=self._bytes_sent,
+        )
+
+    async def close(self) -> None:
+        """Drops all tasks. Stop the server first."""
+        await self._tasks.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @asynccontextmanager
+    async def _answering(self, context: Context) -> AsyncIterator[None]:
+        """Counts a request, and turns whatever it raises into its status.
+
+        Also what is no ``Exception``: a Rust panic that left a handler would leave the client without an answer.
+        """
+        self._requests += 1
+        try:
+            yield
+        except WorkerError as error:
+            if isinstance(error, SessionBuilderFailed):
+                logger.error("request failed: %s", error, exc_info=error)
+            elif error.status is grpc.StatusCode.INTERNAL and not isinstance(error, UpstreamFailed):
+                logger.error("request failed: %s", error.__cause__ or error)
+            await context.abort(error.status, _details(str(error)), _trailing(error))
+        except (grpc.aio.AbortError, GeneratorExit, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            if is_cancellation(error):
+                raise
+            if isinstance(error, asyncio.CancelledError):
+                # Nobody cancels what a request waits for but the worker, when it is closed.
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "the worker was closed")
+            logger.exception("request failed")
+            await context.abort(grpc.StatusCode.INTERNAL, "internal error: the worker's log says why")
+        finally:
+            self._requests -= 1
+
+    def _query_context(
+        self, context: Context, *, task_index: int, task_count: int, stage_key: StageKey | None
+    ) -> WorkerQueryContext:
+        headers = Headers(context.invocation_metadata() or ())
+        return WorkerQueryContext(
+            builder=SessionStateBuilder(self._settings.memory_limit, self._settings.spill_folder),
+            headers=headers,
+            task_index=task_index,
+            task_count=task_count,
+            stage_key=stage_key,
+            principal=self._principal(headers, context),
+        )
+
+    def _principal(self, headers: Headers, context: Context) -> str:
+        # Keyed, so that nobody who sees the digest can try tokens against it.
+        digest = hashlib.blake2b(key=self._principal_key, digest_size=16)
+        tokens = [token.encode("utf-8", "surrogateescape") for token in headers.get_all("authorization")]
+        for parts in (tokens, list(context.peer_identities() or ())):
+            # With numbers and lengths, so that no two callers' values come to the same bytes.
+            digest.update(b"%d " % len(parts) + b"".join(b"%d %b" % (len(part), part) for part in parts))
+        return digest.hexdigest()
+
+    def _count(self, message: Message) -> Message:
+        self._bytes_sent += message.size
+        return message
+
+
+def _trailing(error: WorkerError) -> tuple[tuple[str, bytes], ...]:
+    return ((STATUS_DETAILS, error.details),) if isinstance(error, UpstreamFailed) and error.details else ()
+
+
+def _details(text: str) -> str:
+    """A text as gRPC can carry it: percent-encoded, in a trailer that clients take only if it is short."""
+    kept: list[str] = []
+    size = 0
+    for character in text.encode("utf-8", "replace").decode():
+        size += 1 if " " <= character <= "~" and character != "%" else 3 * len(character.encode())
+        if size > MAX_DETAILS:
+            return "".join(kept) + " ..."
+        kept.append(character)
+    return "".join(kept)
