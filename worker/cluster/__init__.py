@@ -1,0 +1,1 @@
+"""The worker as a member of a Distributed DataFusion cluster."""
