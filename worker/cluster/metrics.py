@@ -5,8 +5,8 @@ that Distributed DataFusion's own workers send (4.0.0, ``src/protocol/grpc/metri
 """
 
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 
 from datafusion.plan import Metric, MetricsSet
@@ -14,7 +14,7 @@ from datafusion.plan import Metric, MetricsSet
 from worker.cluster.sketch import Sketch
 from worker.proto import worker_pb2
 
-# Names of figures with a message of their own, by name (``MetricValue::name`` in DataFusion), with its field.
+# Figures that have a message of their own, by name (``MetricValue::name`` in DataFusion), with the message's field.
 _OWN_FIELDS = {
     "elapsed_compute": "elapsed_compute",
     "mem_used": "current_memory_usage",
@@ -25,12 +25,11 @@ _OWN_FIELDS = {
     "spilled_bytes": "spilled_bytes",
     "spilled_rows": "spilled_rows",
 }
-_TIMESTAMPS = frozenset({"start_timestamp", "end_timestamp"})
 
 # Gauges look like counts: these are all that DataFusion 55 has (its calls of ``MetricBuilder::gauge``).
 _GAUGES = frozenset({"max_queued", "predicate_cache_inner_records", "predicate_cache_records", "stream_memory_usage"})
 
-# Where Python cannot see a value it is read from its text, which has three or four digits (``human_readable_count`` and
+# What has no value in Python is read from its text, which has two to four digits (``human_readable_count`` and
 # ``human_readable_size`` in DataFusion).
 _COUNT_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _SIZE_UNITS = {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
@@ -45,38 +44,44 @@ _MICROSECOND = timedelta(microseconds=1)
 
 
 def of_node(metrics: MetricsSet | None) -> worker_pb2.MetricsSet:
-    """The figures of an executed node of a plan; what Python cannot read is left out.
+    """The figures of an executed node of a plan, those of its partitions added up; what Python cannot read is left out.
 
-    Timestamps have microseconds. Counts of what was pruned, ratios, peaks of memory and numbers of batches have three
-    or four digits.
+    Coordinators add up by name as well, without regard to labels (``MetricsSet::aggregate_by_name``), and a figure for
+    every partition and file costs seven times as much. Timestamps are the first and the last, in whole microseconds.
+    Numbers of batches, ratios, counts of what was pruned, and peaks of memory are as exact as DataFusion prints them.
     """
-    figures = map(_figure, metrics.metrics() if metrics is not None else ())
+    named: defaultdict[str, list[Metric]] = defaultdict(list)
+    for metric in metrics.metrics() if metrics is not None else ():
+        named[metric.name].append(metric)
+    figures = (_figure(name, parts) for name, parts in named.items())
     return worker_pb2.MetricsSet(metrics=[figure for figure in figures if figure.WhichOneof("value")])
 
 
-def _figure(metric: Metric) -> worker_pb2.Metric:
-    """A figure as coordinators read it, without a value where Python cannot read it."""
-    figure = worker_pb2.Metric(partition=metric.partition)
-    for label, text in metric.labels().items():
-        figure.labels.add(name=label, value=text)
-    name, value = metric.name, metric.value
-    if name in _TIMESTAMPS:
-        timestamp = figure.start_timestamp if name == "start_timestamp" else figure.end_timestamp
-        timestamp.SetInParent()
-        if isinstance(value, datetime):
-            timestamp.value = (value - _EPOCH) // _MICROSECOND * 1000
-    elif field := _OWN_FIELDS.get(name):
-        getattr(figure, field).value = value if isinstance(value, int) else _number(repr(metric), _COUNT_UNITS)
-    elif isinstance(value, int):
-        _set_integer(figure, name, value, repr(metric))
+def _figure(name: str, parts: list[Metric]) -> worker_pb2.Metric:
+    """The sum of figures of one name, without a value where Python cannot read it."""
+    figure = worker_pb2.Metric()
+    values = [part.value for part in parts]
+    if name == "start_timestamp":
+        figure.start_timestamp.MergeFrom(worker_pb2.StartTimestamp(value=min(_moments(values), default=None)))
+    elif name == "end_timestamp":
+        figure.end_timestamp.MergeFrom(worker_pb2.EndTimestamp(value=max(_moments(values), default=None)))
+    elif integers := [value for value in values if isinstance(value, int)]:
+        _set_integer(figure, name, sum(integers), repr(parts[0]))
     else:
-        _set_from_text(figure, name, repr(metric))
+        _set_from_texts(figure, name, Counter(map(repr, parts)))
     return figure
 
 
+def _moments(values: Iterable[object]) -> Iterator[int]:
+    """Nanoseconds since 1970 of those times that are known."""
+    return ((value - _EPOCH) // _MICROSECOND * 1000 for value in values if isinstance(value, datetime))
+
+
 def _set_integer(figure: worker_pb2.Metric, name: str, value: int, text: str) -> None:
-    """Sets the value of what is a gauge, a time or a count."""
-    if name in _GAUGES:
+    """Sets a value, of which the text of a part tells times from counts."""
+    if field := _OWN_FIELDS.get(name):
+        getattr(figure, field).value = value
+    elif name in _GAUGES:
         figure.gauge.name, figure.gauge.value = name, value
     elif text.endswith("s") or text == "NOT RECORDED":
         figure.time.name, figure.time.value = name, value
@@ -84,21 +89,36 @@ def _set_integer(figure: worker_pb2.Metric, name: str, value: int, text: str) ->
         figure.count.name, figure.count.value = name, value
 
 
-def _set_from_text(figure: worker_pb2.Metric, name: str, text: str) -> None:
-    """Sets the value of what Python can see as text alone."""
-    if found := _PRUNING.fullmatch(text):
-        total, matched = (_number(count, _COUNT_UNITS) for count in found.group(1, 2))
+def _set_from_texts(figure: worker_pb2.Metric, name: str, texts: Counter[str]) -> None:
+    """Sets a value from the texts of the parts, each with how often it is there."""
+    if field := _OWN_FIELDS.get(name):
+        getattr(figure, field).value = sum(_number(text, _COUNT_UNITS) * times for text, times in texts.items())
+    elif pairs := _matches(_PRUNING, texts):
+        total, matched = (_sum(pairs, group) for group in (1, 2))
         figure.pruning_metrics.name = name
         figure.pruning_metrics.pruned, figure.pruning_metrics.matched = total - matched, matched
-    elif found := _RATIO.fullmatch(text):
+    elif pairs := _matches(_RATIO, texts):
+        figure.ratio.name, figure.ratio.part, figure.ratio.total = name, _sum(pairs, 1), _sum(pairs, 2)
+    elif percentages := _matches(_PERCENTAGE, texts):
+        known = [(float(found[1]), times) for found, times in percentages if found[1]]
         figure.ratio.name = name
-        figure.ratio.part, figure.ratio.total = (_number(count, _COUNT_UNITS) for count in found.group(1, 2))
-    elif found := _PERCENTAGE.fullmatch(text):
-        figure.ratio.name = name
-        if percent := found.group(1):
-            figure.ratio.part, figure.ratio.total = round(float(percent) * 100), 10_000
-    elif _SIZE.fullmatch(text):
-        figure.peak_memory_usage.name, figure.peak_memory_usage.value = name, _number(text, _SIZE_UNITS)
+        figure.ratio.part = round(sum(percent * times for percent, times in known) * 100)
+        figure.ratio.total = sum(times for _, times in known) * 10_000
+    elif _matches(_SIZE, texts):
+        figure.peak_memory_usage.name = name
+        figure.peak_memory_usage.value = sum(_number(text, _SIZE_UNITS) * times for text, times in texts.items())
+
+
+def _matches(pattern: re.Pattern[str], texts: Counter[str]) -> list[tuple[re.Match[str], int]]:
+    """How a pattern matches each of the texts, and how often that is there; nothing if it does not match them all."""
+    found = [(pattern.fullmatch(text), times) for text, times in texts.items()]
+    matches = [(match, times) for match, times in found if match]
+    return matches if len(matches) == len(found) else []
+
+
+def _sum(matches: Iterable[tuple[re.Match[str], int]], group: int) -> int:
+    """The counts in a group of the matches added up."""
+    return sum(_number(match[group], _COUNT_UNITS) * times for match, times in matches)
 
 
 def _number(text: str, units: Mapping[str, int]) -> int:
