@@ -13,6 +13,7 @@ from worker.message import (
     LENGTH,
     LONG,
     OFFSET,
+    ROWS_SLOT,
     Bytes,
     HeaderType,
     Message,
@@ -87,7 +88,6 @@ class Compressor:
 
 
 # Slots of ``RecordBatch`` and ``DictionaryBatch``, and what is in their vectors.
-_ROWS_SLOT = 4
 _NODES_SLOT = 6
 _BUFFERS_SLOT = 8
 _VARIADIC_COUNTS_SLOT = 12
@@ -147,7 +147,7 @@ def _header(plain: bytes, codec: int, buffers: list[tuple[int, int]], body_size:
     # The offsets are from the fields at 28, 32, 36 and 40, to the table at 52 and the vectors from 64 on.
     tables += _TABLES.pack(
         *(14, 28, 4, 12, 16, 20, 24 if counts else 0),
-        *(16, number(plain, batch, _ROWS_SLOT, LONG)),
+        *(16, number(plain, batch, ROWS_SLOT, LONG)),
         64 - 28,
         64 - 32 + len(nodes) + len(_GAP),
         52 - 36,

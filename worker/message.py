@@ -30,6 +30,9 @@ HEADER_TYPE_SLOT = 6
 HEADER_SLOT = 8
 BODY_LENGTH_SLOT = 10
 
+# The first slot of ``RecordBatch``.
+ROWS_SLOT = 4
+
 
 class HeaderType(IntEnum):
     """What a message is (``MessageHeader`` in Arrow's ``Message.fbs``)."""
@@ -61,6 +64,13 @@ def header_type(header: bytes) -> int:
 def body_length(header: bytes) -> int:
     """How many bytes the body has, by the metadata."""
     return number(header, root(header), BODY_LENGTH_SLOT, LONG)
+
+
+def row_count(header: bytes) -> int:
+    """How many rows a record batch has, by the metadata; 0 for messages of other types."""
+    if header_type(header) != HeaderType.RECORD_BATCH:
+        return 0
+    return number(header, target(header, field(header, root(header), HEADER_SLOT)), ROWS_SLOT, LONG)
 
 
 def root(flatbuffer: bytes) -> int:

@@ -88,7 +88,10 @@ class _Fetching:
 
     async def _read_remote(self, index: int, read: Read) -> None:
         request = _request(read, self._leaf.head)
-        call = self._source.channels.to(read.url).unary_stream(EXECUTE_TASK)(request, metadata=self._source.headers)
+        execute_task: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = self._source.channels.to(read.url).unary_stream(
+            EXECUTE_TASK
+        )
+        call = execute_task(request, metadata=self._source.headers)
         try:
             async for data in call:
                 header, metadata, body = flight_data.parse(data)

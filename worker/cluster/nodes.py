@@ -93,6 +93,7 @@ def leaf(node: Message, kind: str, network: nodes_pb2.Network, place: Place) -> 
             f"a {kind} node of task {place.index} of {place.count} reads {partitions} partitions from "
             f"{len(stage.tasks)} tasks of a query with an id of {len(stage.query_id)} bytes"
         )
+    head: Head
     if kind == "coalesce":
         reads, head = list(_coalesced(stage, partitions, place)), worker_pb2.NoneHead()
     else:

@@ -28,8 +28,8 @@ class Origin(Enum):
     """It is none of the coordinator's, but the next of those that are executed."""
 
 
-# The nodes of a plan, as the coordinator knows them or as they are executed, parents before their children. A leaf is the
-# coordinator's network node and the scan that is executed in its place.
+# The nodes of a plan, as the coordinator knows them or as they are executed, parents before their children. A leaf is
+# the network node of the coordinator, and the scan that is executed in its place.
 Origins: TypeAlias = list[Origin | Leaf]
 
 

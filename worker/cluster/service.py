@@ -66,7 +66,9 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
         """The worker's version."""
         return worker_pb2.GetWorkerInfoResponse(version=self._version)
 
-    async def CoordinatorChannel(self, request_iterator: AsyncIterator[Any], context: Context) -> None:
+    async def CoordinatorChannel(  # type: ignore[override]  # it writes, so that a cancel ends it at once
+        self, request_iterator: AsyncIterator[Any], context: Context
+    ) -> None:
         """A task's life: from its plan until the coordinator says that the query has ended."""
         async with self._answering(context):
             request = await _set_plan_request(request_iterator)

@@ -138,7 +138,7 @@ class ClusterTask:
             yield load
 
     def figures(self) -> worker_pb2.TaskMetrics:
-        """The metrics of the coordinator's nodes, parents before their children, and of the whole. Blocks for some ms."""
+        """The metrics of the coordinator's nodes, parents first, and of the whole. Blocks for some ms."""
         sets = [
             metrics.of_node(node.metrics() if node is not None else None)
             if leaf is None
