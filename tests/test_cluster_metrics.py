@@ -147,6 +147,8 @@ def test_what_is_printed_alone_is_read(tpch: SessionContext) -> None:
     scan = node_metrics(plan, "DataSourceExec")
     figures = by_name(of_node(scan))
     _, pruned = figures["row_groups_pruned_statistics"]
+    printed = [repr(metric) for metric in scan.metrics() if metric.name == "row_groups_pruned_statistics"]
+    assert pruned.pruned + pruned.matched == sum(int(text.split()[0]) for text in printed)
     assert (pruned.pruned > 0, pruned.matched) == (True, 1)
     _, scanned = figures["scan_efficiency_ratio"]
     assert scanned.part == pytest.approx(figures["bytes_scanned"][1].value, rel=0.01)
@@ -164,7 +166,7 @@ def test_ratios_of_partitions_are_added_up(tpch: SessionContext) -> None:
     assert selectivity.total == pytest.approx(600_572, rel=0.001)
 
 
-def test_timestamps_are_the_first_and_the_last_and_unset_before_execution(tpch: SessionContext) -> None:
+def test_timestamps_are_the_first_and_the_last_of_the_partitions(tpch: SessionContext) -> None:
     plan = tpch.sql("SELECT l_orderkey FROM lineitem WHERE l_quantity = 7").execution_plan()
     before = datetime.now(UTC).timestamp()
     execute(tpch, plan)
@@ -261,10 +263,10 @@ def test_a_network_leaf_that_got_no_message_has_no_latencies() -> None:
 
 def test_the_rows_of_messages_are_read_from_their_headers() -> None:
     words = pa.array(["x", "y", "x"]).dictionary_encode()
-    batch = pa.record_batch({"words": words, "numbers": [1, 2, 3]})
+    batch = pa.record_batch({"words": words, "others": words, "numbers": [1, 2, 3]})
     encoder = Encoder(batch.schema, 2**20)
     messages = [encoder.schema(), *encoder.encode([batch]), *encoder.encode([batch.slice(0, 2)])]
-    assert {header_type(message.header): row_count(message.header) for message in messages[:3]} == {
+    assert {header_type(message.header): row_count(message.header) for message in messages[:4]} == {
         HeaderType.SCHEMA: 0,
         HeaderType.DICTIONARY_BATCH: 0,
         HeaderType.RECORD_BATCH: 3,
