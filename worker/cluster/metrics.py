@@ -59,13 +59,15 @@ def of_node(metrics: MetricsSet | None) -> worker_pb2.MetricsSet:
 
 def _figure(name: str, parts: list[Metric]) -> worker_pb2.Metric:
     """The sum of figures of one name, without a value where Python cannot read it."""
-    figure = worker_pb2.Metric()
     values = [part.value for part in parts]
     if name == "start_timestamp":
-        figure.start_timestamp.MergeFrom(worker_pb2.StartTimestamp(value=min(_moments(values), default=None)))
-    elif name == "end_timestamp":
-        figure.end_timestamp.MergeFrom(worker_pb2.EndTimestamp(value=max(_moments(values), default=None)))
-    elif integers := [value for value in values if isinstance(value, int)]:
+        start = worker_pb2.StartTimestamp(value=min(_moments(values), default=None))
+        return worker_pb2.Metric(start_timestamp=start)
+    if name == "end_timestamp":
+        end = worker_pb2.EndTimestamp(value=max(_moments(values), default=None))
+        return worker_pb2.Metric(end_timestamp=end)
+    figure = worker_pb2.Metric()
+    if integers := [value for value in values if isinstance(value, int)]:
         _set_integer(figure, name, sum(integers), repr(parts[0]))
     else:
         _set_from_texts(figure, name, Counter(map(repr, parts)))
@@ -135,7 +137,7 @@ def of_task(query_start: int, added: int, executed: int | None, finished: int | 
     figures = worker_pb2.MetricsSet()
     for name, moment in moments.items():
         since = 0 if moment is None else max(0, moment - query_start)
-        figures.metrics.add().custom_max_latency.MergeFrom(worker_pb2.MaxLatency(name=name, value=since))
+        figures.metrics.add(custom_max_latency=worker_pb2.MaxLatency(name=name, value=since))
     return figures
 
 
