@@ -261,6 +261,14 @@ class SessionBuilder:
             )
         return ctx.builder.finish(session)
 
+    async def admit(self, ctx: WorkerQueryContext) -> None:
+        """Awaits the builder for a request that needs no session of its own: only whether it may be served.
+
+        Raises:
+            WorkerError, SessionBuilderFailed: as ``build_session_state``.
+        """
+        await self.build_session_state(ctx)
+
     def map(self, change: Callable[[SessionContext], SessionContext | Awaitable[SessionContext]]) -> "SessionBuilder":
         """A builder that hands the session of this one to ``change`` and answers with what comes back."""
 
@@ -284,6 +292,9 @@ class DefaultSessionBuilder(SessionBuilder):
 
     def __init__(self) -> None:
         super().__init__(_build_default)
+
+    async def admit(self, ctx: WorkerQueryContext) -> None:
+        """Lets everybody in."""
 
 
 def is_cancellation(error: BaseException) -> bool:

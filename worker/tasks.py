@@ -205,9 +205,9 @@ class Tasks:
                 yield message
 
     async def decode(self, session: SessionContext, plan_bytes: bytes) -> ExecutionPlan:
-        """A fresh instance of a plan, decoded in a thread."""
+        """A fresh instance of a plan, decoded in a thread if it is large."""
         self._plans_decoded += 1
-        return await self.in_thread(plan.decode, session, plan_bytes)
+        return await self.in_thread_if(len(plan_bytes) > SMALL_PLAN, plan.decode, session, plan_bytes)
 
     def stream(self, executed: RecordBatchStream) -> PartitionStream:
         """What reads an executed partition.
@@ -228,6 +228,14 @@ class Tasks:
         if self._closed:
             raise Unavailable("the worker was closed")
         return asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    async def in_thread_if(self, takes_long: bool, function: Callable[..., T], *arguments: Any) -> T:
+        """What a function returns, called here unless that would keep the event loop for long.
+
+        Raises:
+            Unavailable: the worker was closed.
+        """
+        return await self.in_thread(function, *arguments) if takes_long else function(*arguments)
 
     def in_background(self, work: Awaitable[T]) -> asyncio.Future[T]:
         """Runs what may outlive the request that caused it; ``close`` ends it."""

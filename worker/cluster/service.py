@@ -26,6 +26,7 @@ from worker.plan_proto import Message as PlanMessage
 from worker.proto import worker_pb2, worker_pb2_grpc
 from worker.servicer import Context, Servicer, Statistics
 from worker.session import SessionBuilderLike
+from worker.tasks import SMALL_PLAN
 from worker.ticket import QUERY_ID_BYTES, StageKey
 
 SERVICE: str = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name
@@ -89,8 +90,13 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
                         "which this worker has no nodes for: run such plans on workers written in Rust"
                     )
                 place = Place(query.task_index, query.task_count)
-                rewritten = await self._tasks.in_thread(
-                    _rewritten, session, request.plan_proto, place, query.builder.python_udf_inlining
+                rewritten = await self._tasks.in_thread_if(
+                    len(request.plan_proto) > SMALL_PLAN,
+                    _rewritten,
+                    session,
+                    request.plan_proto,
+                    place,
+                    query.builder.python_udf_inlining,
                 )
                 orders = Orders(
                     _stage_key(request.task_key),
@@ -145,8 +151,7 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
         async with self._answering(context):
             key, head = _stage_key(request.task_key), _head(request)
             query = self._query_context(context, task_index=key.task_number, task_count=0, stage_key=key)
-            # Its session is not used: it says whether who asks may.
-            await self._session_builder.build_session_state(query)
+            await self._session_builder.admit(query)
             is_known = "authorization" in query.headers or context.peer_identities()
             task = await self._cluster_tasks.find(key, query.principal if is_known else None)
             partitions = range(request.target_partition_start, request.target_partition_end)
