@@ -45,6 +45,8 @@ class Leaf:
     schema: Message
     partitioning: Message
     partitions: int
+    shows_partitioning: bool
+    """Whether a node above it needs to see that its rows are distributed as they are."""
     reads: tuple[Read, ...]
     head: Head
 
@@ -79,7 +81,7 @@ def distributed_kind(node: Message) -> str | None:
         return None
 
 
-def leaf(node: Message, kind: str, network: nodes_pb2.Network, place: Place) -> Leaf:
+def leaf(node: Message, kind: str, network: nodes_pb2.Network, place: Place, *, shows_partitioning: bool) -> Leaf:
     """What a network node is to a task.
 
     Raises:
@@ -105,7 +107,8 @@ def leaf(node: Message, kind: str, network: nodes_pb2.Network, place: Place) -> 
             head = worker_pb2.RepartitionExecHead(partitioning=_scaled(partitioning, place.count).SerializeToString())
         else:
             head = worker_pb2.BroadcastExecHead(output_partitions=partitions * place.count)
-    return Leaf(node, plan_proto.Schema.FromString(network.schema), partitioning, partitions, tuple(reads), head)
+    schema = plan_proto.Schema.FromString(network.schema)
+    return Leaf(node, schema, partitioning, partitions, shows_partitioning, tuple(reads), head)
 
 
 def partition_count(partitioning: Message) -> int:

@@ -102,18 +102,24 @@ class _Rewriter:
     def __init__(self, rewritten: Rewritten, count_partitions: Callable[[Message], int]) -> None:
         self._rewritten = rewritten
         self._count_partitions = count_partitions
+        self._interleaves = 0
 
     def rewrite(self, node: Message, place: Place) -> None:
         """Rewrites a node and those below it, in place."""
         distributed = parse(node) if plan_proto.kind(node) == "extension" else None
         if distributed is None:
             self._rewritten.origins.append(Origin.KEPT)
+            is_interleave = plan_proto.kind(node) == "interleave"
+            self._interleaves += is_interleave
             for child in plan_proto.children(node):
                 self.rewrite(child, place)
+            self._interleaves -= is_interleave
             return
         match kind := distributed.WhichOneof("node"):
             case "shuffle" | "coalesce" | "network_broadcast":
-                self._leave(leaf(node, kind, getattr(distributed, kind), place))
+                self._leave(
+                    leaf(node, kind, getattr(distributed, kind), place, shows_partitioning=self._interleaves > 0)
+                )
             case "children_isolator_union":
                 self._unite(node, distributed.children_isolator_union, place)
             case "broadcast":

@@ -102,6 +102,7 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
                     _stage_key(request.task_key),
                     request.task_count,
                     settings.compression,
+                    settings.buffer_budget,
                     request.query_start_time_ns,
                 )
                 source = Source(
@@ -109,7 +110,6 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
                     request.target_worker_url,
                     self._own_output(query.principal),
                     passed_on(query.headers),
-                    settings.buffer_budget,
                 )
                 return ClusterTask(orders, self._tasks, session, rewritten, source, self._folder.new())
 

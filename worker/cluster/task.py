@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from datafusion import ExecutionPlan, SessionContext
-from datafusion.object_store import LocalFileSystem
 
 from worker import plan
 from worker.cluster import metrics
-from worker.cluster.fetch import HELD_BYTES, Source, fetch
+from worker.cluster.fetch import Source, fetch
+from worker.cluster.intake import Intake, Store
 from worker.cluster.load import Load
 from worker.cluster.merge import Replay, interleaved
 from worker.cluster.metrics import NetworkFigures
 from worker.cluster.nodes import Head, Leaf
-from worker.cluster.received import Received
 from worker.cluster.rewrite import Origins, Rewritten, executed, with_head
 from worker.config import MEBIBYTE, Compression
 from worker.encode import Encoder
@@ -33,8 +32,8 @@ from worker.ticket import StageKey
 
 T = TypeVar("T")
 
-# The scheme of the store, in the task's own session, that its files of received input are in.
-STORE_SCHEME = "exchange://"
+# So much of a leaf's input is held in memory, if the coordinator's budget is not less.
+HELD_BYTES = 4 * MEBIBYTE
 
 # What workers send each other may be as large as gRPC allows.
 MAX_MESSAGE_SIZE = 2047 * MEBIBYTE
@@ -47,6 +46,8 @@ class Orders:
     key: StageKey
     task_count: int
     compression: Compression
+    buffer_budget: int
+    """Bytes that may be held in memory for a connection to another worker."""
     query_start: int
     """In nanoseconds since 1970."""
 
@@ -71,8 +72,7 @@ class ClusterTask:
         self._session = session
         self._rewritten = rewritten
         self._source = source
-        self._folder = folder
-        self._store_url = STORE_SCHEME + folder.name
+        self._store = Store(folder, session)
         self._added = time.time_ns()
         self._executed_at: int | None = None
         self._figures = {leaf: NetworkFigures() for leaf in rewritten.leaves}
@@ -82,9 +82,6 @@ class ClusterTask:
         self._segments: list[tuple[ExecutionPlan, Origins]] = []
         self._replays: dict[int, Replay] = {}
         self._running: list[asyncio.Future[Any]] = []
-        if rewritten.leaves or rewritten.is_sampled:
-            folder.mkdir()
-            session.register_object_store(STORE_SCHEME, LocalFileSystem(prefix=str(folder)), folder.name)
         self._input = self._own(self._fetch_all())
         self._sampling = self._own(self._sample()) if rewritten.is_sampled else None
         self._output: asyncio.Future[tuple[ExecutionPlan, int]] | None = None
@@ -159,9 +156,8 @@ class ClusterTask:
         self._replays.clear()
         self._running.clear()
         self._output = None
-        if self._folder.exists():
-            self._session.deregister_object_store(STORE_SCHEME, self._folder.name)
-            await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
+        if self._store.forget():
+            await asyncio.to_thread(shutil.rmtree, self._store.folder, ignore_errors=True)
 
     async def _fetch_all(self) -> None:
         """Puts everything that the plan reads of other tasks into its place."""
@@ -174,9 +170,9 @@ class ClusterTask:
             raise errors.exceptions[0] from None
 
     async def _fetch(self, leaf: Leaf, name: str) -> None:
-        received = Received(leaf.schema, leaf.partitions, self._folder, name)
-        await fetch(leaf, self._source, received, self._figures[leaf], self._tasks)
-        leaf.node.CopyFrom(received.scan(self._store_url, leaf.partitioning))
+        intake = self._intake(leaf.schema, leaf.partitions, name)
+        await fetch(leaf, self._source, intake, self._figures[leaf])
+        leaf.node.CopyFrom(await intake.scan(leaf.partitioning if leaf.shows_partitioning else None))
 
     async def _prepare(self, head: Head) -> tuple[ExecutionPlan, int]:
         """The instance that is read, and how many partitions it has for those who read it."""
@@ -201,22 +197,22 @@ class ClusterTask:
         self._segments.append((instance, self._rewritten.origins))
         schema = await self._tasks.in_thread(plan.schema_of, self._session, plan_bytes)
         partitions = range(instance.partition_count)
-        received = Received(plan.schema_message(schema), len(partitions), self._folder, "sampled")
+        intake = self._intake(plan.schema_message(schema), len(partitions), "sampled")
         with ExitStack() as opened:
             streams = await self._execute(instance, partitions, opened)
             async with asyncio.TaskGroup() as group:
                 for partition, stream in zip(partitions, streams, strict=True):
-                    group.create_task(self._sample_partition(partition, stream, received, Load(schema)))
-        await self._tasks.in_thread(received.finish)
-        return received.scan(self._store_url, None)
+                    group.create_task(self._sample_partition(partition, stream, intake, Load(schema)))
+        return await intake.scan(None)
 
-    async def _sample_partition(self, partition: int, stream: PartitionStream, received: Received, load: Load) -> None:
+    async def _sample_partition(self, partition: int, stream: PartitionStream, intake: Intake, load: Load) -> None:
         async with aclosing(self._encoded(stream, "none", load)) as messages:
             async for header, body in messages:
-                received.add(partition, 0, header, body)
-                if received.held > HELD_BYTES:
-                    await self._tasks.in_thread(received.flush)
+                await intake.add(partition, 0, header, body)
         self._loads.put_nowait(load.to_proto(partition))
+
+    def _intake(self, schema: Any, partitions: int, name: str) -> Intake:
+        return Intake(schema, partitions, self._store, name, self._tasks, min(HELD_BYTES, self.orders.buffer_budget))
 
     def _take(self, partitions: range, count: int) -> None:
         if partitions.stop > count or not partitions:

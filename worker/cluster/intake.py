@@ -1,0 +1,86 @@
+"""Messages taken in as they come, in memory up to a limit and in files beyond it, and the scan of them."""
+
+import asyncio
+from pathlib import Path
+
+from datafusion import SessionContext
+from datafusion.object_store import LocalFileSystem
+
+from worker.cluster.received import Received
+from worker.message import Bytes
+from worker.plan_proto import Message as PlanMessage
+from worker.tasks import Tasks
+
+# The scheme of the stores that files of input are in, each in the session of the task that reads them.
+STORE_SCHEME = "exchange://"
+
+
+class Store:
+    """A folder for the files of a task, which its session alone reads; made when it is first needed."""
+
+    def __init__(self, folder: Path, session: SessionContext) -> None:
+        self.folder = folder
+        self.url = STORE_SCHEME + folder.name
+        self._session = session
+        self._is_made = False
+
+    def make(self) -> None:
+        """Makes the folder, unless it is there."""
+        if not self._is_made:
+            self.folder.mkdir()
+            self._session.register_object_store(
+                STORE_SCHEME, LocalFileSystem(prefix=str(self.folder)), self.folder.name
+            )
+            self._is_made = True
+
+    def forget(self) -> bool:
+        """Lets the session forget it; returns whether there is a folder to be deleted."""
+        if self._is_made:
+            self._session.deregister_object_store(STORE_SCHEME, self.folder.name)
+        return self._is_made
+
+
+class Intake:
+    """The input of one leaf, while it comes."""
+
+    def __init__(
+        self, schema: PlanMessage, partitions: int, store: Store, name: str, tasks: Tasks, held_bytes: int
+    ) -> None:
+        """
+        Args:
+            schema: the leaf's ``datafusion_common.Schema``.
+            partitions: how many it has.
+            store: for what is not held in memory.
+            name: one that no other intake of the store has.
+            tasks: whose threads write.
+            held_bytes: beyond so many, what is held in memory is written to files.
+        """
+        self._received = Received(schema, partitions, store.folder, name)
+        self._store = store
+        self._tasks = tasks
+        self._held_bytes = held_bytes
+        self._writing = asyncio.Lock()
+
+    async def add(self, partition: int, source: int, header: Bytes | memoryview, body: "list[Bytes]") -> None:
+        """Adds a message, as ``Received.add``; waits while there is too much in memory."""
+        self._received.add(partition, source, header, body)
+        while self._received.held > self._held_bytes:
+            async with self._writing:
+                if self._received.held > self._held_bytes:
+                    await self._write()
+
+    async def scan(self, partitioning: PlanMessage | None) -> PlanMessage:
+        """A scan of everything that was added.
+
+        Args:
+            partitioning: what the plan has to be told of how rows are distributed over the partitions, if anything.
+        """
+        if partitioning is None and self._received.fits_inline():
+            return self._received.inline()
+        await self._write()
+        await self._tasks.in_thread(self._received.finish)
+        return self._received.scan(self._store.url, partitioning)
+
+    async def _write(self) -> None:
+        self._store.make()
+        await self._tasks.in_thread(self._received.write, self._received.take())
