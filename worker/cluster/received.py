@@ -1,0 +1,278 @@
+"""What other workers sent for a leaf of a plan, kept as it came, until DataFusion reads it in the leaf's place."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from threading import Lock
+
+import pyarrow as pa
+
+from worker import plan_proto
+from worker.cluster.footer import Block, footer
+from worker.dictionaries import has_dictionaries
+from worker.errors import ExecutionFailed
+from worker.message import (
+    BYTE,
+    CONTINUATION,
+    HEADER_SLOT,
+    LENGTH,
+    LONG,
+    PREFIX_BYTES,
+    Bytes,
+    HeaderType,
+    body_length,
+    field,
+    header_type,
+    number,
+    root,
+    target,
+)
+
+# So much goes into the plan itself, more into files: those cost a few system calls and 0.1 ms, bytes in a plan several
+# copies, with the GIL held.
+INLINE = 128 * 1024
+
+# Bodies begin at multiples of this where DataFusion reads them, so that it need not copy decimals and views.
+_ALIGNMENT = 16
+
+# The "IPC File Format" and the end marker of Arrow's ``Columnar.rst``.
+_MAGIC = b"ARROW1"
+_FILE_START = _MAGIC + bytes(2)
+_END = CONTINUATION + bytes(LENGTH.size)
+
+# ``datafusion_common.PrecisionInfo``: nothing is known.
+_ABSENT = 2
+
+# Slots of ``DictionaryBatch`` (Arrow's ``Message.fbs``).
+_ID_SLOT = 4
+_IS_DELTA_SLOT = 8
+
+
+class Received:
+    """What came for one network leaf: the IPC messages of each of its partitions, undecoded; in files once they are many.
+
+    Messages of one partition and source stay in their order. One thread may ``flush`` while another calls ``add``.
+    A dictionary is in memory until another takes its place, and is not counted as held: those of Arrow's files cannot be
+    replaced, so what comes after a new one goes into another file, with those that have not changed.
+    """
+
+    def __init__(self, schema: plan_proto.Message, partitions: int, folder: Path, name: str) -> None:
+        """
+        Args:
+            schema: the leaf's, a ``datafusion_common.Schema``.
+            partitions: how many the leaf has.
+            folder: exists, and is the caller's to delete.
+            name: what the names of files begin with, unique in the folder.
+        """
+        self._schema = schema
+        self._partitions = partitions
+        self._folder = folder
+        self._name = name
+        # Sources are told apart only where they must be, since each has dictionaries of its own.
+        self._is_apart: bool | None = None
+        self._streams: dict[tuple[int, int], _Stream] = {}
+        self._is_in_files = False
+        self._lock = Lock()
+        self.held = 0
+        """Bytes in memory that ``flush`` would write."""
+
+    def add(self, partition: int, source: int, header: bytes, body: Sequence[Bytes]) -> None:
+        """Takes a message, and keeps the body's parts as they are.
+
+        Args:
+            partition: of the leaf, counted from 0.
+            source: which upstream task sent it; what it sends for a partition begins with a schema message.
+            header: the message's metadata, as in ``worker.message.Message``.
+            body: parts that make up the body.
+
+        Raises:
+            ExecutionFailed: the message is none that may come here.
+        """
+        kind = header_type(header)
+        if kind == HeaderType.SCHEMA and self._is_apart is None:
+            self._is_apart = _has_dictionaries(header)
+        key = partition, source if self._is_apart else 0
+        stream = self._streams.get(key)
+        if kind == HeaderType.SCHEMA:
+            if stream is None:
+                stream = _Stream(bytes(header), f"{self._name}-{partition}-{key[1]}")
+                with self._lock:
+                    self._streams[key] = stream
+            return
+        if stream is None:
+            raise ExecutionFailed(f"an upstream task sent a message of type {kind} before the schema")
+        message = _Framed(header, body)
+        if kind == HeaderType.DICTIONARY_BATCH:
+            stream.set_dictionary(header, message)
+        elif kind == HeaderType.RECORD_BATCH:
+            with self._lock:
+                self.held += stream.add_batch(message)
+        else:
+            raise ExecutionFailed(f"an upstream task sent a message of type {kind} in the midst of record batches")
+
+    def flush(self) -> None:
+        """Appends what is held to files; blocks, and is not to be called again before it has returned.
+
+        Raises:
+            OSError: it could not be written; what was received is of no use then.
+        """
+        self._is_in_files = True
+        with self._lock:
+            taken = [(file, file.take()) for file in self._files()]
+        for file, parts in taken:
+            if parts:
+                file.write(self._folder, parts)
+                with self._lock:
+                    self.held -= sum(map(len, parts))
+
+    def finish(self, *, to_files: bool = False) -> None:
+        """Makes it ready to be scanned, once, after the last message; blocks where there are files to be written.
+
+        Args:
+            to_files: keeps nothing in memory, however little it is: only files can say how they are partitioned.
+
+        Raises:
+            OSError: as ``flush`` does.
+        """
+        # Dictionaries have numbers that the schema message says, so sources with other ones do not make one stream.
+        schemas = {stream.schema for stream in self._streams.values()} if self._is_apart else ()
+        if to_files or self._is_in_files or self.held > INLINE or len(schemas) > 1:
+            for file in self._files():
+                self.held += file.end()
+            self.flush()
+
+    def scan(self, store_url: str, partitioning: plan_proto.Message | None) -> plan_proto.Message:
+        """The ``PhysicalPlanNode`` that reads it, once it is finished.
+
+        Files have paths relative to the folder, so the session must have it as an object store: with ``exchange://tmp/``
+        that is ``session.register_object_store("exchange://", LocalFileSystem(prefix=str(folder)), "tmp")``.
+
+        Args:
+            store_url: the object store's, with a slash at its end.
+            partitioning: a ``datafusion.Partitioning`` that the scan says that it has. What is in memory cannot say.
+        """
+        node = plan_proto.PhysicalPlanNode()
+        if not self._is_in_files:
+            node.memory_scan.schema.CopyFrom(self._schema)
+            node.memory_scan.partitions.extend(map(self._inline, range(self._partitions)))
+            return node
+        conf = node.arrow_scan.base_conf
+        conf.schema.CopyFrom(self._schema)
+        conf.object_store_url = store_url
+        # Whole tables of unknown size; the fields have to be there.
+        conf.constraints.SetInParent()
+        conf.statistics.num_rows.precision_info = _ABSENT
+        conf.statistics.total_byte_size.precision_info = _ABSENT
+        if partitioning is not None:
+            conf.output_partitioning.CopyFrom(partitioning)
+        for partition in range(self._partitions):
+            group = conf.file_groups.add()
+            for file in self._files(partition):
+                group.files.add(path=file.name, size=file.size)
+        return node
+
+    def _files(self, partition: int | None = None) -> Iterator["_File"]:
+        for (number_, _source), stream in self._streams.items():
+            if partition in {None, number_}:
+                yield from stream.files
+
+    def _inline(self, partition: int) -> bytes:
+        """An IPC stream with what is held of a partition, empty if that is nothing."""
+        files = list(self._files(partition))
+        if not files:
+            return b""
+        return b"".join([_Framed(files[0].schema).metadata, *(part for file in files for part in file.held), _END])
+
+
+class _Framed:
+    """A message, framed as in IPC streams and files."""
+
+    def __init__(self, header: bytes, body: Sequence[Bytes] = ()) -> None:
+        padding = -(PREFIX_BYTES + len(header)) % _ALIGNMENT
+        self.metadata = b"".join((CONTINUATION, LENGTH.pack(len(header) + padding), header, bytes(padding)))
+        self.body = body
+        self.body_size = sum(map(len, body))
+        if self.body_size != body_length(header):
+            # DataFusion would read past it, and abort the process.
+            raise ExecutionFailed(
+                f"an upstream task sent a message of {self.body_size} bytes whose metadata says {body_length(header)}"
+            )
+
+
+class _Stream:
+    """What one source sends for one partition, in as many files as it has sets of dictionaries."""
+
+    def __init__(self, schema: bytes, name: str) -> None:
+        self.schema = schema
+        self.files: list[_File] = []
+        self._name = name
+        self._dictionaries: dict[int, list[_Framed]] = {}
+        self._is_changed = True
+
+    def set_dictionary(self, header: bytes, message: _Framed) -> None:
+        batch = target(header, field(header, root(header), HEADER_SLOT))
+        id_ = number(header, batch, _ID_SLOT, LONG)
+        is_delta = number(header, batch, _IS_DELTA_SLOT, BYTE)
+        # An id stays in its place: what is inside of other dictionaries goes before them.
+        self._dictionaries[id_] = [*self._dictionaries[id_], message] if is_delta else [message]
+        self._is_changed = True
+
+    def add_batch(self, message: _Framed) -> int:
+        """Returns the bytes that this adds to what is held."""
+        added = 0
+        if self._is_changed:
+            self._is_changed = False
+            file = _File(f"{self._name}-{len(self.files)}.arrow", self.schema)
+            self.files.append(file)
+            for messages in self._dictionaries.values():
+                added += sum(file.append(message, file.dictionaries) for message in messages)
+        file = self.files[-1]
+        return added + file.append(message, file.batches)
+
+
+class _File:
+    """An IPC file, not yet written or in part."""
+
+    def __init__(self, name: str, schema: bytes) -> None:
+        self.name = name
+        self.schema = schema
+        self.dictionaries: list[Block] = []
+        self.batches: list[Block] = []
+        self.held: list[Bytes] = []
+        self._start = _FILE_START + _Framed(schema).metadata
+        self._is_begun = False
+        self.size = len(self._start)
+        """Bytes of all of it, written or held."""
+
+    def append(self, message: _Framed, blocks: list[Block]) -> int:
+        """Holds a message, which becomes one of the blocks; returns its bytes."""
+        blocks.append(Block(self.size, len(message.metadata), message.body_size))
+        return self._hold(message.metadata, *message.body)
+
+    def end(self) -> int:
+        """Holds what goes behind the last message; returns the bytes of that."""
+        foot = footer(self.schema, self.dictionaries, self.batches)
+        return self._hold(bytes(-self.size % 8), _END, foot, LENGTH.pack(len(foot)), _MAGIC)
+
+    def take(self) -> list[Bytes]:
+        """What is held, which it then is no more."""
+        taken, self.held = self.held, []
+        return taken
+
+    def write(self, folder: Path, parts: list[Bytes]) -> None:
+        """Appends parts to the file."""
+        with (folder / self.name).open("ab") as appended:
+            if not self._is_begun:
+                appended.write(self._start)
+                self._is_begun = True
+            appended.writelines(parts)
+
+    def _hold(self, *parts: Bytes) -> int:
+        added = sum(map(len, parts))
+        self.held += parts
+        self.size += added
+        return added
+
+
+def _has_dictionaries(schema: bytes) -> bool:
+    fields = pa.ipc.read_schema(pa.py_buffer(_Framed(schema).metadata))
+    return any(has_dictionaries(field_.type) for field_ in fields)
