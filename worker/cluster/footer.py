@@ -20,8 +20,8 @@ class Block(NamedTuple):
     body_size: int
 
 
-# The root's offset, its vtable (its size, the table's, where in that the fields are), and the table: the way back to the
-# vtable; the offsets of schema, dictionaries and record batches; the version, which is V5.
+# The root's offset; its vtable: its size, the table's, where in that the fields are; the table: the way back to the
+# vtable, the offsets of schema, dictionaries and record batches, the version, which is V5.
 _ROOT = Struct("<I 6H iIIIh6x")
 _TABLE, _SCHEMA, _DICTIONARIES, _BATCHES, _VERSION = 16, 20, 24, 28, 32
 _V5 = 4

@@ -48,11 +48,12 @@ _IS_DELTA_SLOT = 8
 
 
 class Received:
-    """What came for one network leaf: the IPC messages of each of its partitions, undecoded; in files once they are many.
+    """What came for one network leaf: the IPC messages of each of its partitions, in files once they are many.
 
     Messages of one partition and source stay in their order. One thread may ``flush`` while another calls ``add``.
-    A dictionary is in memory until another takes its place, and is not counted as held: those of Arrow's files cannot be
-    replaced, so what comes after a new one goes into another file, with those that have not changed.
+
+    Arrow's files have one dictionary for an id, so what comes after a new one goes into another file, with those that
+    have not changed: each stays in memory until another takes its place, and is not counted as held.
     """
 
     def __init__(self, schema: plan_proto.Message, partitions: int, folder: Path, name: str) -> None:
