@@ -1,64 +1,60 @@
-"""The end of an Arrow IPC file, made of the schema message of a stream, which is not decoded.
+"""The footer of an Arrow IPC file, around the schema's message as it came. Pure: bytes to bytes.
 
-Arrow's "IPC File Format": a magic number, the messages as in a stream, a flatbuffer ``Footer``, its length, and the
-magic number again.
+A flatbuffer ``Footer`` (Arrow's ``File.fbs``). Its ``Schema`` is that inside of the message, whose own offsets are from
+where they stand, so that they stay right wherever the message is put.
 """
 
 from collections.abc import Sequence
 from struct import Struct
 from typing import NamedTuple
 
-from worker.message import CONTINUATION, HEADER_SLOT, LENGTH, field, root, target
-
-MAGIC = b"ARROW1"
-START = MAGIC + b"\0\0"
-END_OF_STREAM = CONTINUATION + LENGTH.pack(0)
-
-# ``MetadataVersion.V5``.
-_VERSION = 4
-
-# Where the root table is, its vtable (its size, the table's, and where the fields version, schema, dictionaries and
-# recordBatches are in the table), and the table (where its vtable is, and the fields, the last three of which are
-# offsets), filled up to eight bytes.
-_ROOT = Struct("<I 6H ihxx3I 4x")
-_VTABLE, _TABLE = 4, 16
-_FIELDS = (4, 8, 12, 16)
-_TABLE_SIZE = 20
-
-_VECTOR = Struct("<4xI")
-_BLOCK = Struct("<qi4xq")
+from worker.message import HEADER_SLOT, OFFSET, field, root, target
 
 
 class Block(NamedTuple):
-    """Where a message is in a file."""
+    """Where a message is in the file, in bytes; ``Block`` in Arrow's ``File.fbs``."""
 
     offset: int
-    metadata_length: int
-    """Of the metadata with what precedes it."""
-    body_length: int
+    metadata_size: int
+    """Of continuation marker, length, metadata and padding."""
+    body_size: int
+
+
+# The root's offset; its vtable: its size, the table's, where in that the fields are; the table: the way back to the
+# vtable, the offsets of schema, dictionaries and record batches, the version, which is V5.
+_ROOT = Struct("<I 6H iIIIh6x")
+_TABLE, _SCHEMA, _DICTIONARIES, _BATCHES, _VERSION = 16, 20, 24, 28, 32
+_V5 = 4
+
+# A vector's length, where its blocks are at a multiple of 8.
+_LENGTH = Struct("<4xI")
+_BLOCK = Struct("<qi4xq")
 
 
 def footer(schema: bytes, dictionaries: Sequence[Block], batches: Sequence[Block]) -> bytes:
-    """What follows the last message of a file.
+    """The footer of a file with such messages, to be at a multiple of 8 bytes in it.
 
     Args:
-        schema: the metadata of the schema message.
-        dictionaries: the dictionary batches.
-        batches: the record batches.
+        schema: the schema message's metadata, without continuation marker and length.
+        dictionaries: where the dictionary batches are, in the order in which they are to be read.
+        batches: where the record batches are, likewise.
     """
-    # Offsets in a flatbuffer count from where they stand, so that one that is put into another as it is stays right, if
-    # it begins at a multiple of eight.
-    embedded = schema + bytes(-len(schema) % 8)
-    schema_place = _ROOT.size + target(schema, field(schema, root(schema), HEADER_SLOT))
-    vectors = _vector(dictionaries), _vector(batches)
-    dictionaries_place = _ROOT.size + len(embedded) + 4
-    batches_place = dictionaries_place + len(vectors[0])
-    places = (schema_place, dictionaries_place, batches_place)
-    offsets = (place - _TABLE - slot for place, slot in zip(places, _FIELDS[1:], strict=True))
-    start = _ROOT.pack(_TABLE, _TABLE - _VTABLE, _TABLE_SIZE, *_FIELDS, _TABLE - _VTABLE, _VERSION, *offsets)
-    flatbuffer = b"".join((start, embedded, *vectors))
-    return END_OF_STREAM + flatbuffer + LENGTH.pack(len(flatbuffer)) + MAGIC
+    message = schema + bytes(-len(schema) % 8)
+    first = _vector(dictionaries)
+    table = _ROOT.size + target(schema, field(schema, root(schema), HEADER_SLOT))
+    vectors = _ROOT.size + len(message) + _LENGTH.size - OFFSET.size
+    places = (_VERSION, _SCHEMA, _DICTIONARIES, _BATCHES)
+    head = _ROOT.pack(
+        _TABLE,
+        *(12, 18, *(place - _TABLE for place in places)),
+        _TABLE - OFFSET.size,
+        table - _SCHEMA,
+        vectors - _DICTIONARIES,
+        vectors + len(first) - _BATCHES,
+        _V5,
+    )
+    return head + message + first + _vector(batches)
 
 
 def _vector(blocks: Sequence[Block]) -> bytes:
-    return _VECTOR.pack(len(blocks)) + b"".join(_BLOCK.pack(*block) for block in blocks)
+    return _LENGTH.pack(len(blocks)) + b"".join(_BLOCK.pack(*block) for block in blocks)

@@ -1,217 +1,279 @@
-"""What came for one leaf of a plan: Arrow IPC messages, undecoded, a few in memory and more in files.
+"""What other workers sent for a leaf of a plan, kept as it came, until DataFusion reads it in the leaf's place."""
 
-A scan of files costs a third to a fifth of a plan that has the same inside, and DataFusion reads them without the GIL.
-"""
-
-import os
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from threading import Lock
+
+import pyarrow as pa
 
 from worker import plan_proto
-from worker.cluster.footer import END_OF_STREAM, START, Block, footer
-from worker.message import CONTINUATION, LENGTH, Bytes, HeaderType, header_type
-from worker.plan_proto import Message as PlanMessage
+from worker.cluster.footer import Block, footer
+from worker.dictionaries import has_dictionaries
+from worker.errors import ExecutionFailed
+from worker.message import (
+    BYTE,
+    CONTINUATION,
+    HEADER_SLOT,
+    LENGTH,
+    LONG,
+    PREFIX_BYTES,
+    Bytes,
+    HeaderType,
+    body_length,
+    field,
+    header_type,
+    number,
+    root,
+    target,
+)
 
-# So much may stand in the plan itself.
-INLINE_BYTES = 64 * 1024
+# So much goes into the plan itself, more into files: those cost a few system calls and 0.1 ms, bytes in a plan several
+# copies, with the GIL held.
+INLINE = 128 * 1024
 
-# ``os.writev`` takes no more parts.
-MAX_PARTS = 1024
+# Bodies begin at multiples of this where DataFusion reads them, so that it need not copy decimals and views.
+_ALIGNMENT = 16
 
+# The "IPC File Format" and the end marker of Arrow's ``Columnar.rst``.
+_MAGIC = b"ARROW1"
+_FILE_START = _MAGIC + bytes(2)
+_END = CONTINUATION + bytes(LENGTH.size)
 
-@dataclass(slots=True)
-class Held:
-    """Messages that are in memory, in the order in which they came."""
+# ``datafusion_common.PrecisionInfo``: nothing is known.
+_ABSENT = 2
 
-    size: int = 0
-    messages: "dict[_Stream, list[tuple[bytes, list[Bytes]]]]" = field(default_factory=dict)
+# Slots of ``DictionaryBatch`` (Arrow's ``Message.fbs``).
+_ID_SLOT = 4
+_IS_DELTA_SLOT = 8
 
 
 class Received:
-    """The messages of the partitions of one leaf."""
+    """What came for one network leaf: the IPC messages of each of its partitions, in files once they are many.
 
-    def __init__(self, schema: PlanMessage, partitions: int, folder: Path, name: str) -> None:
+    Messages of one partition and source stay in their order. One thread may ``flush`` while another calls ``add``.
+
+    Arrow's files have one dictionary for an id, so what comes after a new one goes into another file, with those that
+    have not changed: each stays in memory until another takes its place, and is not counted as held.
+    """
+
+    def __init__(self, schema: plan_proto.Message, partitions: int, folder: Path, name: str) -> None:
         """
         Args:
-            schema: the leaf's ``datafusion_common.Schema``.
+            schema: the leaf's, a ``datafusion_common.Schema``.
             partitions: how many the leaf has.
-            folder: where files are made; it exists.
-            name: how the names of the files begin.
+            folder: exists, and is the caller's to delete.
+            name: what the names of files begin with, unique in the folder.
         """
         self._schema = schema
+        self._partitions = partitions
         self._folder = folder
         self._name = name
-        self._keeps_sources_apart = _has_dictionaries(schema)
-        self._partitions: list[dict[Hashable, _Stream]] = [{} for _ in range(partitions)]
-        self._held = Held()
-        self._in_files = False
+        # Sources are told apart only where they must be, since each has dictionaries of its own.
+        self._is_apart: bool | None = None
+        self._streams: dict[tuple[int, int], _Stream] = {}
+        self._is_in_files = False
+        self._lock = Lock()
+        self.held = 0
+        """Bytes in memory that ``flush`` would write."""
 
-    @property
-    def held(self) -> int:
-        """Bytes in memory."""
-        return self._held.size
-
-    def add(self, partition: int, source: int, header: Bytes | memoryview, body: "list[Bytes | memoryview]") -> None:
-        """Adds a message, uncopied. Those of a source come in its order, its schema first.
+    def add(self, partition: int, source: int, header: bytes, body: Sequence[Bytes]) -> None:
+        """Takes a message, and keeps the body's parts as they are.
 
         Args:
-            partition: of the leaf.
-            source: which of the tasks that it reads from.
-            header: the metadata.
+            partition: of the leaf, counted from 0.
+            source: which upstream task sent it; what it sends for a partition begins with a schema message.
+            header: the message's metadata, as in ``worker.message.Message``.
             body: parts that make up the body.
+
+        Raises:
+            ExecutionFailed: the message is none that may come here.
         """
-        # A dictionary is for the batches that come after it from the same source.
-        key = source if self._keeps_sources_apart else None
-        streams = self._partitions[partition]
-        header = bytes(header)
-        if header_type(header) == HeaderType.SCHEMA:
-            if key not in streams:
-                streams[key] = _Stream(header, f"{self._name}-{partition}-{source}")
+        kind = header_type(header)
+        if kind == HeaderType.SCHEMA and self._is_apart is None:
+            self._is_apart = _has_dictionaries(header)
+        key = partition, source if self._is_apart else 0
+        stream = self._streams.get(key)
+        if kind == HeaderType.SCHEMA:
+            if stream is None:
+                stream = _Stream(bytes(header), f"{self._name}-{partition}-{key[1]}")
+                with self._lock:
+                    self._streams[key] = stream
             return
-        held = self._held
-        held.size += len(header) + sum(map(len, body))
-        held.messages.setdefault(streams[key], []).append((header, body))
+        if stream is None:
+            raise ExecutionFailed(f"an upstream task sent a message of type {kind} before the schema")
+        message = _Framed(header, body)
+        if kind == HeaderType.DICTIONARY_BATCH:
+            stream.set_dictionary(header, message)
+        elif kind == HeaderType.RECORD_BATCH:
+            with self._lock:
+                self.held += stream.add_batch(message)
+        else:
+            raise ExecutionFailed(f"an upstream task sent a message of type {kind} in the midst of record batches")
 
-    def take(self) -> Held:
-        """Takes what is held, to be written, before anything else that is taken."""
-        taken, self._held = self._held, Held()
-        self._in_files = True
-        return taken
+    def flush(self) -> None:
+        """Appends what is held to files; blocks, and is not to be called again before it has returned.
 
-    def write(self, taken: Held) -> None:
-        """Writes what was taken to files. Blocks."""
-        for stream, messages in taken.messages.items():
-            stream.write(self._folder, messages)
+        Raises:
+            OSError: it could not be written; what was received is of no use then.
+        """
+        self._is_in_files = True
+        with self._lock:
+            taken = [(file, file.take()) for file in self._files()]
+        for file, parts in taken:
+            if parts:
+                file.write(self._folder, parts)
+                with self._lock:
+                    self.held -= sum(map(len, parts))
 
-    def finish(self) -> None:
-        """Ends the files. Blocks."""
-        for stream in self._streams():
-            stream.finish(self._folder)
-
-    def fits_inline(self) -> bool:
-        """Whether everything that came is little enough to stand in the plan itself; if not, it goes to files."""
-        return not self._in_files and self.held <= INLINE_BYTES and not self._keeps_sources_apart
-
-    def inline(self) -> PlanMessage:
-        """A scan of what is held."""
-        node = plan_proto.PhysicalPlanNode()
-        node.memory_scan.schema.CopyFrom(self._schema)
-        for streams in self._partitions:
-            parts: list[Bytes | memoryview] = []
-            for stream in streams.values():
-                if messages := self._held.messages.get(stream):
-                    parts += _framed(stream.schema, [])
-                    for header, body in messages:
-                        parts += _framed(header, body)
-                    parts.append(END_OF_STREAM)
-            node.memory_scan.partitions.append(b"".join(parts))
-        return node
-
-    def scan(self, store_url: str, partitioning: PlanMessage | None) -> PlanMessage:
-        """A scan of the files, which have to be finished.
+    def finish(self, *, to_files: bool = False) -> None:
+        """Makes it ready to be scanned, once, after the last message; blocks where there are files to be written.
 
         Args:
-            store_url: of an object store whose root is the folder.
-            partitioning: what the plan is told of how rows are distributed over the partitions.
+            to_files: keeps nothing in memory, however little it is: only files can say how they are partitioned.
+
+        Raises:
+            OSError: as ``flush`` does.
+        """
+        # Dictionaries have numbers that the schema message says, so sources with other ones do not make one stream.
+        schemas = {stream.schema for stream in self._streams.values()} if self._is_apart else ()
+        if to_files or self._is_in_files or self.held > INLINE or len(schemas) > 1:
+            for file in self._files():
+                self.held += file.end()
+            self.flush()
+
+    def scan(self, store_url: str, partitioning: plan_proto.Message | None) -> plan_proto.Message:
+        """The ``PhysicalPlanNode`` that reads it, once it is finished.
+
+        Files have paths relative to the folder, so the session must have it as an object store: with ``exchange://tmp/``
+        that is ``session.register_object_store("exchange://", LocalFileSystem(prefix=str(folder)), "tmp")``.
+
+        Args:
+            store_url: the object store's, with a slash at its end.
+            partitioning: a ``datafusion.Partitioning`` that the scan says that it has. What is in memory cannot say.
         """
         node = plan_proto.PhysicalPlanNode()
-        scan = node.arrow_scan.base_conf
-        scan.schema.CopyFrom(self._schema)
-        scan.object_store_url = store_url
-        scan.constraints.SetInParent()
-        scan.statistics.SetInParent()
-        for precision in (scan.statistics.num_rows, scan.statistics.total_byte_size):
-            precision.precision_info = plan_proto.PRECISIONS["ABSENT"]
-        for _ in self._schema.columns:
-            column = scan.statistics.column_stats.add()
-            for precision in (column.null_count, column.distinct_count):
-                precision.precision_info = plan_proto.PRECISIONS["ABSENT"]
-        if partitioning is not None and partitioning.HasField("hash"):
-            scan.output_partitioning.CopyFrom(partitioning)
-        for streams in self._partitions:
-            group = scan.file_groups.add()
-            for stream in streams.values():
-                for name, size in stream.files:
-                    group.files.add(path=name, size=size)
+        if not self._is_in_files:
+            node.memory_scan.schema.CopyFrom(self._schema)
+            node.memory_scan.partitions.extend(map(self._inline, range(self._partitions)))
+            return node
+        conf = node.arrow_scan.base_conf
+        conf.schema.CopyFrom(self._schema)
+        conf.object_store_url = store_url
+        # Whole tables of unknown size; the fields have to be there.
+        conf.constraints.SetInParent()
+        conf.statistics.num_rows.precision_info = _ABSENT
+        conf.statistics.total_byte_size.precision_info = _ABSENT
+        if partitioning is not None:
+            conf.output_partitioning.CopyFrom(partitioning)
+        for partition in range(self._partitions):
+            group = conf.file_groups.add()
+            for file in self._files(partition):
+                group.files.add(path=file.name, size=file.size)
         return node
 
-    def _streams(self) -> "Iterator[_Stream]":
-        for streams in self._partitions:
-            yield from streams.values()
+    def _files(self, partition: int | None = None) -> Iterator["_File"]:
+        for (number_, _source), stream in self._streams.items():
+            if partition in {None, number_}:
+                yield from stream.files
+
+    def _inline(self, partition: int) -> bytes:
+        """An IPC stream with what is held of a partition, empty if that is nothing."""
+        files = list(self._files(partition))
+        if not files:
+            return b""
+        return b"".join([_Framed(files[0].schema).metadata, *(part for file in files for part in file.held), _END])
+
+
+class _Framed:
+    """A message, framed as in IPC streams and files."""
+
+    def __init__(self, header: bytes, body: Sequence[Bytes] = ()) -> None:
+        padding = -(PREFIX_BYTES + len(header)) % _ALIGNMENT
+        self.metadata = b"".join((CONTINUATION, LENGTH.pack(len(header) + padding), header, bytes(padding)))
+        self.body = body
+        self.body_size = sum(map(len, body))
+        if self.body_size != body_length(header):
+            # DataFusion would read past it, and abort the process.
+            raise ExecutionFailed(
+                f"an upstream task sent a message of {self.body_size} bytes whose metadata says {body_length(header)}"
+            )
 
 
 class _Stream:
-    """Messages of a partition that follow each other in a file."""
+    """What one source sends for one partition, in as many files as it has sets of dictionaries."""
 
     def __init__(self, schema: bytes, name: str) -> None:
         self.schema = schema
-        self.files: list[tuple[str, int]] = []
-        """Names and sizes, the last not ended yet."""
+        self.files: list[_File] = []
         self._name = name
-        self._size = 0
-        self._dictionaries: list[Block] = []
-        self._batches: list[Block] = []
+        self._dictionaries: dict[int, list[_Framed]] = {}
+        self._is_changed = True
 
-    def write(self, folder: Path, messages: "list[tuple[bytes, list[Bytes]]]") -> None:
-        parts: list[Bytes | memoryview] = []
-        for header, body in messages:
-            kind = header_type(header)
-            if kind == HeaderType.DICTIONARY_BATCH and self._batches:
-                # A file has one dictionary for all its batches.
-                self._append(folder, parts)
-                self.finish(folder)
-                parts = []
-            if not self._size:
-                self.files.append((f"{self._name}-{len(self.files)}.arrow", 0))
-                parts += [START, *_framed(self.schema, [])]
-                self._size = sum(map(len, parts))
-            framed = _framed(header, body)
-            size = sum(map(len, body))
-            length = sum(map(len, framed)) - size
-            blocks = self._dictionaries if kind == HeaderType.DICTIONARY_BATCH else self._batches
-            blocks.append(Block(self._size, length, size))
-            self._size += length + size
-            parts += framed
-        self._append(folder, parts)
+    def set_dictionary(self, header: bytes, message: _Framed) -> None:
+        batch = target(header, field(header, root(header), HEADER_SLOT))
+        id_ = number(header, batch, _ID_SLOT, LONG)
+        is_delta = number(header, batch, _IS_DELTA_SLOT, BYTE)
+        # An id stays in its place: what is inside of other dictionaries goes before them.
+        self._dictionaries[id_] = [*self._dictionaries[id_], message] if is_delta else [message]
+        self._is_changed = True
 
-    def finish(self, folder: Path) -> None:
-        """Ends the file that is being written."""
-        if not self._size:
-            return
-        end = footer(self.schema, self._dictionaries, self._batches)
-        self._append(folder, [end])
-        self.files[-1] = (self.files[-1][0], self._size + len(end))
-        self._size, self._dictionaries, self._batches = 0, [], []
-
-    def _append(self, folder: Path, parts: "list[Bytes | memoryview]") -> None:
-        if not parts:
-            return
-        # Descriptors are few, partitions may be many.
-        with open(folder / self.files[-1][0], "ab", buffering=0) as file:
-            for first in range(0, len(parts), MAX_PARTS):
-                chunk = [memoryview(part).cast("B") for part in parts[first : first + MAX_PARTS]]
-                while chunk:
-                    written = os.writev(file.fileno(), chunk)
-                    while chunk and written >= len(chunk[0]):
-                        written -= len(chunk.pop(0))
-                    if written:
-                        chunk[0] = chunk[0][written:]
+    def add_batch(self, message: _Framed) -> int:
+        """Returns the bytes that this adds to what is held."""
+        added = 0
+        if self._is_changed:
+            self._is_changed = False
+            file = _File(f"{self._name}-{len(self.files)}.arrow", self.schema)
+            self.files.append(file)
+            for messages in self._dictionaries.values():
+                added += sum(file.append(message, file.dictionaries) for message in messages)
+        file = self.files[-1]
+        return added + file.append(message, file.batches)
 
 
-def _framed(header: bytes, body: "list[Bytes]") -> "list[Bytes]":
-    """A message as streams and files have it: its metadata filled up to eight bytes."""
-    padding = -len(header) % 8
-    return [CONTINUATION, LENGTH.pack(len(header) + padding), header + bytes(padding), *body]
+class _File:
+    """An IPC file, not yet written or in part."""
+
+    def __init__(self, name: str, schema: bytes) -> None:
+        self.name = name
+        self.schema = schema
+        self.dictionaries: list[Block] = []
+        self.batches: list[Block] = []
+        self.held: list[Bytes] = []
+        self._start = _FILE_START + _Framed(schema).metadata
+        self._is_begun = False
+        self.size = len(self._start)
+        """Bytes of all of it, written or held."""
+
+    def append(self, message: _Framed, blocks: list[Block]) -> int:
+        """Holds a message, which becomes one of the blocks; returns its bytes."""
+        blocks.append(Block(self.size, len(message.metadata), message.body_size))
+        return self._hold(message.metadata, *message.body)
+
+    def end(self) -> int:
+        """Holds what goes behind the last message; returns the bytes of that."""
+        foot = footer(self.schema, self.dictionaries, self.batches)
+        return self._hold(bytes(-self.size % 8), _END, foot, LENGTH.pack(len(foot)), _MAGIC)
+
+    def take(self) -> list[Bytes]:
+        """What is held, which it then is no more."""
+        taken, self.held = self.held, []
+        return taken
+
+    def write(self, folder: Path, parts: list[Bytes]) -> None:
+        """Appends parts to the file."""
+        with (folder / self.name).open("ab") as appended:
+            if not self._is_begun:
+                appended.write(self._start)
+                self._is_begun = True
+            appended.writelines(parts)
+
+    def _hold(self, *parts: Bytes) -> int:
+        added = sum(map(len, parts))
+        self.held += parts
+        self.size += added
+        return added
 
 
-def _has_dictionaries(message: PlanMessage) -> bool:
-    """Whether a schema, or a part of one, has a type that is a dictionary."""
-    if message.DESCRIPTOR.full_name == "datafusion_common.Dictionary":
-        return True
-    for descriptor, value in message.ListFields():
-        if descriptor.message_type is not None:
-            parts = [value] if hasattr(value, "DESCRIPTOR") else value
-            if any(hasattr(part, "DESCRIPTOR") and _has_dictionaries(part) for part in parts):
-                return True
-    return False
+def _has_dictionaries(schema: bytes) -> bool:
+    fields = pa.ipc.read_schema(pa.py_buffer(_Framed(schema).metadata))
+    return any(has_dictionaries(field_.type) for field_ in fields)
