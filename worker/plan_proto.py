@@ -41,7 +41,6 @@ def _enum(name: str) -> dict[str, int]:
 
 JOIN_TYPES = _enum("datafusion_common.JoinType")
 PARTITION_MODES = _enum("datafusion.PartitionMode")
-PRECISIONS = _enum("datafusion_common.PrecisionInfo")
 
 
 def _fields_towards(is_wanted: Callable[[Descriptor], bool]) -> _Fields:

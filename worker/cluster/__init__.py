@@ -1,1 +1,1 @@
-"""A member of a cluster: what a worker does with the plans of Distributed DataFusion's coordinators."""
+"""The dialect of Distributed DataFusion 4: plans that a coordinator sets, and exchange between workers."""

@@ -92,9 +92,11 @@ class _Fetching:
                 if not 0 <= offset < len(read.slots):
                     raise InvalidRequest(f"it sent partition {about.partition} without having been asked for it")
                 slot = read.slots[offset]
-                rows = row_count(bytes(header))
-                self.figures.message_received(slot, rows, len(data), about.created_timestamp_unix_nanos, time.time_ns())
-                await self.intake.add(slot, index, header, [body])
+                message = Message(bytes(header), [body])
+                created = about.created_timestamp_unix_nanos
+                rows = row_count(message.header)
+                self.figures.message_received(slot, rows, len(data), created, time.time_ns())
+                await self.intake.add(slot, index, *message)
         except grpc.aio.AioRpcError as error:
             raise _upstream_failed(read.url, error) from error
         except (InvalidRequest, DecodeError) as error:

@@ -1,12 +1,15 @@
 """Messages taken in as they come, in memory up to a limit and in files beyond it, and the scan of them."""
 
 import asyncio
+import shutil
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from datafusion import SessionContext
 from datafusion.object_store import LocalFileSystem
 
-from worker.cluster.received import Received
+from worker.cluster.received import INLINE, Received
 from worker.message import Bytes
 from worker.plan_proto import Message as PlanMessage
 from worker.tasks import Tasks
@@ -16,28 +19,32 @@ STORE_SCHEME = "exchange://"
 
 
 class Store:
-    """A folder for the files of a task, which its session alone reads; made when it is first needed."""
+    """A folder for the files of a task, which its session alone reads."""
 
     def __init__(self, folder: Path, session: SessionContext) -> None:
+        """
+        Args:
+            folder: made when it is first needed.
+            session: the task's.
+        """
         self.folder = folder
-        self.url = STORE_SCHEME + folder.name
+        self.url = f"{STORE_SCHEME}{folder.name}/"
         self._session = session
-        self._is_made = False
+        self._is_registered = False
 
-    def make(self) -> None:
-        """Makes the folder, unless it is there."""
-        if not self._is_made:
-            self.folder.mkdir()
+    def register(self) -> None:
+        """Lets the session read it, once it is there."""
+        if not self._is_registered:
             self._session.register_object_store(
                 STORE_SCHEME, LocalFileSystem(prefix=str(self.folder)), self.folder.name
             )
-            self._is_made = True
+            self._is_registered = True
 
-    def forget(self) -> bool:
-        """Lets the session forget it; returns whether there is a folder to be deleted."""
-        if self._is_made:
+    def delete(self) -> None:
+        """Deletes it, and lets the session forget it. Blocks."""
+        if self._is_registered:
             self._session.deregister_object_store(STORE_SCHEME, self.folder.name)
-        return self._is_made
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Intake:
@@ -61,13 +68,13 @@ class Intake:
         self._held_bytes = held_bytes
         self._writing = asyncio.Lock()
 
-    async def add(self, partition: int, source: int, header: Bytes | memoryview, body: "list[Bytes]") -> None:
+    async def add(self, partition: int, source: int, header: bytes, body: Sequence[Bytes]) -> None:
         """Adds a message, as ``Received.add``; waits while there is too much in memory."""
         self._received.add(partition, source, header, body)
         while self._received.held > self._held_bytes:
             async with self._writing:
                 if self._received.held > self._held_bytes:
-                    await self._write()
+                    await self._tasks.in_thread(self._received.flush)
 
     async def scan(self, partitioning: PlanMessage | None) -> PlanMessage:
         """A scan of everything that was added.
@@ -75,12 +82,9 @@ class Intake:
         Args:
             partitioning: what the plan has to be told of how rows are distributed over the partitions, if anything.
         """
-        if partitioning is None and self._received.fits_inline():
-            return self._received.inline()
-        await self._write()
-        await self._tasks.in_thread(self._received.finish)
+        to_files = partitioning is not None
+        is_small = self._received.held <= INLINE and not to_files
+        await self._tasks.in_thread_if(not is_small, partial(self._received.finish, to_files=to_files))
+        if self._received.is_in_files:
+            self._store.register()
         return self._received.scan(self._store.url, partitioning)
-
-    async def _write(self) -> None:
-        self._store.make()
-        await self._tasks.in_thread(self._received.write, self._received.take())

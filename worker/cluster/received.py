@@ -61,7 +61,7 @@ class Received:
         Args:
             schema: the leaf's, a ``datafusion_common.Schema``.
             partitions: how many the leaf has.
-            folder: exists, and is the caller's to delete.
+            folder: made when it is needed, and the caller's to delete.
             name: what the names of files begin with, unique in the folder.
         """
         self._schema = schema
@@ -71,7 +71,8 @@ class Received:
         # Sources are told apart only where they must be, since each has dictionaries of its own.
         self._is_apart: bool | None = None
         self._streams: dict[tuple[int, int], _Stream] = {}
-        self._is_in_files = False
+        self.is_in_files = False
+        """Whether there is anything that only files can hold."""
         self._lock = Lock()
         self.held = 0
         """Bytes in memory that ``flush`` would write."""
@@ -116,7 +117,8 @@ class Received:
         Raises:
             OSError: it could not be written; what was received is of no use then.
         """
-        self._is_in_files = True
+        self.is_in_files = True
+        self._folder.mkdir(exist_ok=True)
         with self._lock:
             taken = [(file, file.take()) for file in self._files()]
         for file, parts in taken:
@@ -136,7 +138,7 @@ class Received:
         """
         # Dictionaries have numbers that the schema message says, so sources with other ones do not make one stream.
         schemas = {stream.schema for stream in self._streams.values()} if self._is_apart else ()
-        if to_files or self._is_in_files or self.held > INLINE or len(schemas) > 1:
+        if to_files or self.is_in_files or self.held > INLINE or len(schemas) > 1:
             for file in self._files():
                 self.held += file.end()
             self.flush()
@@ -152,7 +154,7 @@ class Received:
             partitioning: a ``datafusion.Partitioning`` that the scan says that it has. What is in memory cannot say.
         """
         node = plan_proto.PhysicalPlanNode()
-        if not self._is_in_files:
+        if not self.is_in_files:
             node.memory_scan.schema.CopyFrom(self._schema)
             node.memory_scan.partitions.extend(map(self._inline, range(self._partitions)))
             return node

@@ -1,7 +1,6 @@
 """A task of a distributed query: the plan that its coordinator has set, its input, its output, and its figures."""
 
 import asyncio
-import shutil
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import ExitStack, aclosing
@@ -156,8 +155,8 @@ class ClusterTask:
         self._replays.clear()
         self._running.clear()
         self._output = None
-        if self._store.forget():
-            await asyncio.to_thread(shutil.rmtree, self._store.folder, ignore_errors=True)
+        if self._store.folder.exists():
+            await asyncio.to_thread(self._store.delete)
 
     async def _fetch_all(self) -> None:
         """Puts everything that the plan reads of other tasks into its place."""
