@@ -114,9 +114,7 @@ async def ask(data: Path, sql: Path, out: Path, urls: Sequence[str] = (), *optio
     async with asking(data, sql, urls, "--out", str(out), *options) as process:
         output, errors = (part.decode() for part in await process.communicate())
     lines = list(LINE.finditer(output))
-    asked = {file.stem for file in sql.glob("*.sql")} if sql.is_dir() else {sql.stem}
-    if "--only" not in options:
-        assert {line[1] for line in lines} == asked, output + errors
+    assert {line[1] for line in lines} == _names(sql), output + errors
     ends = [line.start() for line in lines[1:]] + [len(output)]
     return {
         line[1]: Answer(
@@ -127,6 +125,10 @@ async def ask(data: Path, sql: Path, out: Path, urls: Sequence[str] = (), *optio
         )
         for line, end in zip(lines, ends, strict=True)
     }
+
+
+def _names(sql: Path) -> set[str]:
+    return {file.stem for file in (sql.glob("*.sql") if sql.is_dir() else [sql])}
 
 
 def _table(file: Path) -> pa.Table | None:
