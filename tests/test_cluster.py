@@ -162,8 +162,8 @@ async def test_analyze_shows_the_same_tree_with_the_same_figures(
 def analyzed(printed: str) -> list[tuple[str, set[str], list[str]]]:
     """Each line of a tree: what it says of the plan, the names of its figures, and ``output_rows``."""
     text = "\n".join(line.split("|", 2)[2].rstrip(" |") for line in printed.splitlines() if line.startswith("| "))
-    # Below a limit, and beside a join that may stop reading, nodes have as many rows as who was faster let them; so have
-    # partial aggregations, and what passes these on, where a task has many partitions.
+    # Below a limit, and beside a join that may stop reading, nodes have as many rows as who was faster lets them. So do
+    # partial aggregations have, and what passes these on, where a task has many partitions.
     unsettled = re.search(r"fetch=|LimitExec|HashJoinExec: mode=Partitioned", text)
     settled = "mode=Final" if "mode=Partial" in text else ""
     lines = []
