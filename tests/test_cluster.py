@@ -6,6 +6,7 @@ nested types, functions. A folder of them is one run of the coordinator, and one
 
 import asyncio
 import re
+from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -178,19 +179,28 @@ def analyzed(printed: str) -> list[tuple[str, set[str], list[str]]]:
 
 
 class Watched:
-    """A session builder whose ``twice`` tells when it is first called, which is in the middle of a query."""
+    """A session builder whose ``twice`` tells that it was called, which is in the middle of a query."""
 
     def __init__(self) -> None:
-        self.executing = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
+        self.called = False
 
     async def build_session_state(self, ctx: WorkerQueryContext) -> SessionContext:
         def twice(values: pa.Array) -> pa.Array:
-            self._loop.call_soon_threadsafe(self.executing.set)
+            self.called = True
             return pc.multiply(values, 2)
 
         function = udf(twice, [pa.int64()], pa.int64(), "immutable", "twice")
         return ctx.builder.with_scalar_functions([function]).build()
+
+
+async def until_called(query: Process, *watched: Watched) -> None:
+    """Waits until a query has called the functions of all these."""
+
+    def called() -> bool:
+        assert query.returncode is None, "the query has ended"
+        return all(builder.called for builder in watched)
+
+    await until(called, seconds=20)
 
 
 @pytest.fixture
@@ -233,7 +243,7 @@ async def test_a_worker_that_dies_ends_the_query_and_leaves_nothing_on_the_other
     async with running_worker(watched, settings=spilling) as survivor, python_worker(*builder) as victim:
         urls = [http(survivor), victim.url]
         async with asking(tables, endless, urls, *DISTRIBUTED, *FUNCTIONS) as query:
-            await asyncio.wait_for(watched.executing.wait(), 20)
+            await until_called(query, watched)
             assert survivor.worker.statistics().tasks > 0
             victim.process.kill()
             output, _ = await asyncio.wait_for(query.communicate(), 2)
@@ -245,7 +255,7 @@ async def test_a_query_whose_coordinator_dies_leaves_nothing(endless: Path, spil
     first, second = Watched(), Watched()
     async with running_worker(first, settings=spilling) as one, running_worker(second, settings=spilling) as other:
         async with asking(tables, endless, [http(one), http(other)], *DISTRIBUTED, *FUNCTIONS) as query:
-            await asyncio.wait_for(asyncio.gather(first.executing.wait(), second.executing.wait()), 20)
+            await until_called(query, first, second)
             assert one.worker.statistics().tasks > 0
             assert other.worker.statistics().tasks > 0
             query.kill()
