@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -59,17 +59,18 @@ def helper() -> ProcessPoolExecutor:
 
 
 @contextmanager
-def _running(name: str, command: tuple[str, ...]) -> Iterator[Server]:
-    process = subprocess.Popen(
-        [sys.executable, *command], stdout=subprocess.PIPE, text=True, preexec_fn=_die_with_parent
-    )
+def running_worker() -> Iterator[Server]:
+    """The worker alone. Call it from the main thread, as ``running_servers``."""
+    with _running("worker", COMMANDS["worker"]) as server:
+        yield server
+
+
+@contextmanager
+def running(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that is ended with the block."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=_die_with_parent)
     try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        listening = re.fullmatch(r"listening on (grpc://\S+)\n", line)
-        if listening is None:
-            raise RuntimeError(f"the {name} server did not start: it said {line!r}")
-        yield Server(name, listening[1], process.pid)
+        yield process
     finally:
         process.terminate()
         try:
@@ -77,6 +78,17 @@ def _running(name: str, command: tuple[str, ...]) -> Iterator[Server]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@contextmanager
+def _running(name: str, command: tuple[str, ...]) -> Iterator[Server]:
+    with running([sys.executable, *command]) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        listening = re.fullmatch(r"listening on (grpc://\S+)\n", line)
+        if listening is None:
+            raise RuntimeError(f"the {name} server did not start: it said {line!r}")
+        yield Server(name, listening[1], process.pid)
 
 
 _libc = ctypes.CDLL(None)

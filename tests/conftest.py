@@ -21,13 +21,17 @@ settings.load_profile("quick")
 EXIT_STATUS = pytest.StashKey[int]()
 
 
+def generate_tpch(folder: Path, scale: str) -> Path:
+    """Writes TPC-H's eight tables into a folder, a Parquet file each."""
+    generator = Path(sysconfig.get_path("scripts")) / "tpchgen-cli"
+    subprocess.run([generator, "parquet", "-s", scale, f"--output-dir={folder}"], check=True, capture_output=True)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tpch_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """TPC-H's eight tables at scale factor 0.1, a Parquet file each."""
-    folder = tmp_path_factory.mktemp("tpch")
-    generator = Path(sysconfig.get_path("scripts")) / "tpchgen-cli"
-    subprocess.run([generator, "parquet", "-s", "0.1", f"--output-dir={folder}"], check=True, capture_output=True)
-    return folder
+    return generate_tpch(tmp_path_factory.mktemp("tpch"), "0.1")
 
 
 @pytest.fixture
