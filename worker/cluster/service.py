@@ -14,6 +14,7 @@ from worker import flight_data, plan
 from worker.cluster.channels import Channels
 from worker.cluster.fetch import Source
 from worker.cluster.folder import ExchangeFolder
+from worker.cluster.members import Members
 from worker.cluster.nodes import Head, Place
 from worker.cluster.rewrite import Rewritten, rewrite
 from worker.cluster.settings import ClusterSettings, passed_on
@@ -41,6 +42,7 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
         self._channels = Channels()
         self._folder = ExchangeFolder(self._settings.spill_folder)
         self._cluster_tasks = ClusterTasks()
+        self._members = Members()
 
     def with_version(self, version: str) -> Self:
         """Sets what ``GetWorkerInfo`` says: coordinators may use workers of one version alone."""
@@ -98,6 +100,8 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
                     place,
                     query.builder.python_udf_inlining,
                 )
+                read = (read.url for leaf in rewritten.leaves for read in leaf.reads)
+                self._members.named(query.principal, (request.target_worker_url, *read))
                 orders = Orders(
                     _stage_key(request.task_key),
                     request.task_count,

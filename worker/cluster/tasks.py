@@ -61,6 +61,14 @@ class ClusterTasks:
             del self._entries[key]
             await task.close()
 
+    def of(self, principal: str) -> list[ClusterTask]:
+        """The tasks of a principal that have their plans."""
+        return [
+            entry.set.result()
+            for entry in self._entries.values()
+            if entry.principal == principal and entry.set.done() and not entry.set.exception()
+        ]
+
     async def find(self, key: StageKey, principal: str | None) -> ClusterTask:
         """The task of a key, which is waited for if need be.
 
