@@ -83,7 +83,7 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
             )
             settings = ClusterSettings.from_headers(query.headers)
 
-            async def make() -> ClusterTask:
+            async def make() -> tuple[str, ClusterTask]:
                 settings.apply(query.headers, query.builder)
                 session = await self._session_builder.build_session_state(query)
                 if request.work_unit_feed_declarations:
@@ -115,9 +115,10 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
                     passed_on(query.headers),
                     settings.buffer_budget,
                 )
-                return ClusterTask(orders, self._tasks, session, rewritten, source, self._folder.new())
+                task = ClusterTask(orders, self._tasks, session, rewritten, source, self._folder.new())
+                return query.principal, task
 
-            async with self._cluster_tasks.task(_stage_key(request.task_key), query.principal, make) as task:
+            async with self._cluster_tasks.task(_stage_key(request.task_key), make) as task:
                 async for load in task.load_infos():
                     await context.write(worker_pb2.WorkerToCoordinatorMsg(load_info=load))
                 await context.write(worker_pb2.WorkerToCoordinatorMsg(load_info_eos=True))
