@@ -35,7 +35,7 @@ generate() { # options and files of protoc
 generate worker/proto/plan.proto worker/proto/nodes.proto
 # The stubs are for grpc.aio alone, and a servicer need not implement every method.
 generate --grpc_python_out="$new" --mypy_grpc_out=quiet,only_async,generate_concrete_servicer_stubs:"$new" \
-  worker/proto/Flight.proto worker/proto/worker.proto
+  worker/proto/Flight.proto worker/proto/worker.proto worker/proto/observability.proto
 
 if [[ $* == --check ]]; then
   if ! diff -ru --exclude=__init__.py --exclude='*.binpb' --exclude=__pycache__ worker/proto "$new/worker/proto"; then

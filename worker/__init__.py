@@ -6,6 +6,7 @@ stream; tasks; servicer; cluster; service; server, client, testing, importer; th
 """
 
 from worker.allocator import keep_freed_memory
+from worker.cluster.observability import add_ObservabilityServiceServicer_to_server
 from worker.cluster.service import add_WorkerServiceServicer_to_server
 from worker.config import Settings
 from worker.errors import (
@@ -77,6 +78,7 @@ __all__ = [
     "WorkerQueryContext",
     "WorkerSessionBuilder",
     "add_FlightServiceServicer_to_server",
+    "add_ObservabilityServiceServicer_to_server",
     "add_WorkerServiceServicer_to_server",
     "keep_freed_memory",
     "plan_ticket",

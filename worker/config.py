@@ -5,13 +5,19 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BeforeValidator, ByteSize, DirectoryPath, Field, TypeAdapter
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 MEBIBYTE = 1 << 20
 
 # A number of bytes, which text may give in units too, such as "64MiB".
 Bytes: TypeAlias = Annotated[int, BeforeValidator(TypeAdapter(ByteSize).validate_python)]
 
+# URLs of workers as coordinators have them, which text separates by commas.
+Urls: TypeAlias = Annotated[
+    tuple[Annotated[str, Field(pattern=r"^https?://[^\s,]+$")], ...],
+    NoDecode,
+    BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value),
+]
 
 Compression: TypeAlias = Literal["none", "lz4", "zstd"]
 
@@ -48,6 +54,11 @@ class Settings(BaseSettings):
         "without it, clients come back on the connection they have",
     )
     version: str = Field(default="", description="what coordinators are told that this worker is, such as 2026-11-25")
+    cluster_workers: Urls = Field(
+        default_factory=tuple,
+        description="the workers that consoles are to show, such as http://worker-1:8000,http://worker-2:8000; "
+        "without it, those that plans of the same caller named in the last hour",
+    )
     memory_limit: Bytes = Field(
         default_factory=lambda: ByteSize(usable_memory() // 2),
         gt=0,

@@ -10,6 +10,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from worker.cluster import observability
 from worker.cluster import service as cluster
 from worker.config import Settings
 from worker.service import SERVICE, Worker, add_FlightServiceServicer_to_server, server_options
@@ -32,8 +33,9 @@ class Server:
         self._server = grpc.aio.server(options=server_options(settings))
         add_FlightServiceServicer_to_server(worker, self._server)
         cluster.add_WorkerServiceServicer_to_server(worker, self._server)
+        observability.add_ObservabilityServiceServicer_to_server(worker, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        services = (SERVICE, cluster.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        services = (SERVICE, cluster.SERVICE, observability.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(services, self._server)
         self.address = ""
         """Where it listens, as ``host:port``; known once it has started."""

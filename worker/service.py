@@ -9,7 +9,7 @@ import grpc
 import pyarrow as pa
 
 from worker import flight_data, output
-from worker.cluster.service import ClusterServicer
+from worker.cluster.observability import ObservabilityServicer
 from worker.config import Settings
 from worker.encode import Encoder, plain_schema
 from worker.errors import InvalidTicket, ResponseTooLarge
@@ -25,7 +25,7 @@ MESSAGE_OVERHEAD = 64 * 1024
 SERVICE: str = Flight_pb2.DESCRIPTOR.services_by_name["FlightService"].full_name
 
 
-class Worker(ClusterServicer, Flight_pb2_grpc.FlightServiceServicer):
+class Worker(ObservabilityServicer, Flight_pb2_grpc.FlightServiceServicer):
     """Executes DataFusion plans that come in Flight tickets, a partition a request.
 
     An asyncio servicer, to be added to a ``grpc.aio`` server with ``add_FlightServiceServicer_to_server``, and closed

@@ -14,6 +14,7 @@ from worker import flight_data, plan
 from worker.cluster.channels import Channels
 from worker.cluster.fetch import Source
 from worker.cluster.folder import ExchangeFolder
+from worker.cluster.members import Members
 from worker.cluster.nodes import Head, Place
 from worker.cluster.rewrite import Rewritten, rewrite
 from worker.cluster.settings import ClusterSettings, passed_on
@@ -41,6 +42,7 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
         self._channels = Channels()
         self._folder = ExchangeFolder(self._settings.spill_folder)
         self._cluster_tasks = ClusterTasks()
+        self._members = Members()
 
     def with_version(self, version: str) -> Self:
         """Sets what ``GetWorkerInfo`` says: coordinators may use workers of one version alone."""
@@ -81,7 +83,7 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
             )
             settings = ClusterSettings.from_headers(query.headers)
 
-            async def make() -> ClusterTask:
+            async def make() -> tuple[str, ClusterTask]:
                 settings.apply(query.headers, query.builder)
                 session = await self._session_builder.build_session_state(query)
                 if request.work_unit_feed_declarations:
@@ -98,6 +100,8 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
                     place,
                     query.builder.python_udf_inlining,
                 )
+                read = (read.url for leaf in rewritten.leaves for read in leaf.reads)
+                self._members.named(query.principal, (request.target_worker_url, *read))
                 orders = Orders(
                     _stage_key(request.task_key),
                     request.task_count,
@@ -111,9 +115,10 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
                     self._own_output(query.principal),
                     passed_on(query.headers),
                 )
-                return ClusterTask(orders, self._tasks, session, rewritten, source, self._folder.new())
+                task = ClusterTask(orders, self._tasks, session, rewritten, source, self._folder.new())
+                return query.principal, task
 
-            async with self._cluster_tasks.task(_stage_key(request.task_key), query.principal, make) as task:
+            async with self._cluster_tasks.task(_stage_key(request.task_key), make) as task:
                 async for load in task.load_infos():
                     await context.write(worker_pb2.WorkerToCoordinatorMsg(load_info=load))
                 await context.write(worker_pb2.WorkerToCoordinatorMsg(load_info_eos=True))

@@ -145,6 +145,15 @@ class ClusterTask:
         of_task = metrics.of_task(self.orders.query_start, self._added, self._executed_at, time.time_ns())
         return worker_pb2.TaskMetrics(pre_order_plan_metrics=sets, task_metrics=of_task)
 
+    def output_rows(self) -> int:
+        """How many rows the plan has made so far, by its topmost node that counts them."""
+        for instance, origins in self._segments[-1:]:
+            for node, _ in executed(instance, origins):
+                found = node.metrics() if node is not None else None
+                if found is not None and found.output_rows is not None:
+                    return found.output_rows
+        return 0
+
     async def close(self) -> None:
         """Ends whatever goes on for the task, and deletes what is kept for it."""
         self._closed = True

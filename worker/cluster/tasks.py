@@ -19,7 +19,8 @@ FAILURE_SECONDS = 10.0
 @dataclass(eq=False)
 class _Entry:
     set: asyncio.Future[ClusterTask] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    principal: str | None = None
+    is_taken: bool = False
+    principal: str = ""
     waiting: int = 0
 
 
@@ -30,24 +31,26 @@ class ClusterTasks:
         self._entries: dict[StageKey, _Entry] = {}
 
     def __len__(self) -> int:
-        return sum(entry.principal is not None for entry in self._entries.values())
+        return sum(entry.is_taken for entry in self._entries.values())
 
     @asynccontextmanager
     async def task(
-        self, key: StageKey, principal: str, make: Callable[[], Awaitable[ClusterTask]]
+        self, key: StageKey, make: Callable[[], Awaitable[tuple[str, ClusterTask]]]
     ) -> AsyncIterator[ClusterTask]:
         """Makes a task, which is there for others to find for as long as the block lasts, and then closed.
+
+        ``make`` gives its principal too, whom the session builder may name.
 
         Raises:
             StageKeyConflict: there is one already.
             WorkerError: what ``make`` raised; whoever waits for the task, or asks soon after, gets it too.
         """
         entry = self._entries.setdefault(key, _Entry())
-        if entry.principal is not None:
+        if entry.is_taken:
             raise StageKeyConflict(f"task {key} has been set already")
-        entry.principal = principal
+        entry.is_taken = True
         try:
-            task = await make()
+            entry.principal, task = await make()
         except BaseException as error:
             told = error if isinstance(error, WorkerError) else QueryEnded("the coordinator ended the query")
             entry.set.set_exception(told)
@@ -60,6 +63,14 @@ class ClusterTasks:
         finally:
             del self._entries[key]
             await task.close()
+
+    def of(self, principal: str) -> list[ClusterTask]:
+        """The tasks of a principal that have their plans."""
+        return [
+            entry.set.result()
+            for entry in self._entries.values()
+            if entry.set.done() and not entry.set.exception() and entry.principal == principal
+        ]
 
     async def find(self, key: StageKey, principal: str | None) -> ClusterTask:
         """The task of a key, which is waited for if need be.
@@ -81,7 +92,7 @@ class ClusterTasks:
             raise _not_set(key) from None
         finally:
             entry.waiting -= 1
-            if not entry.waiting and entry.principal is None and self._entries.get(key) is entry:
+            if not entry.waiting and not entry.is_taken and self._entries.get(key) is entry:
                 del self._entries[key]
         if principal is not None and entry.principal != principal:
             raise _not_set(key)

@@ -1,0 +1,255 @@
+"""What consoles are told: what runs, for whom, what it takes, and which workers there are."""
+
+import asyncio
+import os
+import time
+import uuid
+from asyncio.subprocess import DEVNULL
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datafusion import SessionConfig, SessionContext
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from pydantic import ValidationError
+from support import status, until
+
+import worker
+from worker import plan_proto
+from worker.cluster import members
+from worker.cluster.process import CpuUsage, resident_bytes
+from worker.config import Settings
+from worker.plan import schema_message
+from worker.proto import nodes_pb2, observability_pb2, observability_pb2_grpc, worker_pb2, worker_pb2_grpc
+from worker.testing import RunningWorker, running_worker
+
+DDF = os.environ.get("DDF", "")
+
+ADA, BOB = (("x-user", "ada"),), (("x-user", "bob"),)
+
+Metadata = Sequence[tuple[str, str]]
+Console = observability_pb2_grpc.ObservabilityServiceStub
+
+
+async def by_user(ctx: worker.WorkerQueryContext) -> SessionContext:
+    user = ctx.headers.get("x-user")
+    if not isinstance(user, str):
+        raise worker.Unauthenticated("say who you are")
+    ctx.principal = user
+    return ctx.builder.build()
+
+
+@asynccontextmanager
+async def console(running: RunningWorker) -> AsyncIterator[Console]:
+    async with grpc.aio.insecure_channel(running.address) as channel:
+        yield observability_pb2_grpc.ObservabilityServiceStub(channel)
+
+
+async def progress(asked: Console, metadata: Metadata = ()) -> observability_pb2.GetTaskProgressResponse:
+    return await asked.GetTaskProgress(observability_pb2.GetTaskProgressRequest(), metadata=metadata)
+
+
+async def urls(asked: Console, metadata: Metadata = ()) -> list[str]:
+    request = observability_pb2.GetClusterWorkersRequest()
+    return list((await asked.GetClusterWorkers(request, metadata=metadata)).worker_urls)
+
+
+@asynccontextmanager
+async def task(running: RunningWorker, plan: bytes, metadata: Metadata = ()) -> AsyncIterator[worker_pb2.TaskKey]:
+    """A task that has its plan, for as long as its coordinator lets it."""
+    key = worker_pb2.TaskKey(query_id=uuid.uuid4().bytes, stage_id=3, task_number=1)
+    request = worker_pb2.SetPlanRequest(
+        task_key=key, task_count=2, plan_proto=plan, target_worker_url=f"http://{running.address}"
+    )
+    async with grpc.aio.insecure_channel(running.address) as channel:
+        call = worker_pb2_grpc.WorkerServiceStub(channel).CoordinatorChannel(metadata=metadata)
+        await call.write(worker_pb2.CoordinatorToWorkerMsg(set_plan_request=request))
+        assert await call.read() == worker_pb2.WorkerToCoordinatorMsg(load_info_eos=True)
+        yield key
+        await call.done_writing()
+        last = await call.read()
+        assert isinstance(last, worker_pb2.WorkerToCoordinatorMsg)
+        assert last.HasField("task_metrics")
+        assert await call.code() is grpc.StatusCode.OK
+
+
+async def read(running: RunningWorker, key: worker_pb2.TaskKey, partition: int, metadata: Metadata = ()) -> None:
+    request = worker_pb2.ExecuteTaskRequest(
+        task_key=key,
+        target_partition_start=partition,
+        target_partition_end=partition + 1,
+        none=worker_pb2.NoneHead(),
+    )
+    async with grpc.aio.insecure_channel(running.address) as channel:
+        answer = worker_pb2_grpc.WorkerServiceStub(channel).ExecuteTask(request, metadata=metadata)
+        assert await status(answer) == (grpc.StatusCode.OK, "")
+
+
+def five_rows() -> bytes:
+    """A plan of two partitions, of two rows and of three."""
+    session = SessionContext(SessionConfig().with_target_partitions(2))
+    batch = pa.record_batch({"number": [1, 2, 3]})
+    session.register_record_batches("numbers", [[batch.slice(1)], [batch]])
+    return session.sql("SELECT number + 1 FROM numbers").execution_plan().to_bytes()
+
+
+def reading_from(*workers: str) -> bytes:
+    """A plan that reads what tasks of these workers make."""
+    stage = nodes_pb2.Stage(query_id=uuid.uuid4().bytes, num=1, tasks=[nodes_pb2.Task(url_str=url) for url in workers])
+    network = nodes_pb2.Network(
+        schema=schema_message(pa.schema({"number": pa.int64()})).SerializeToString(),
+        partitioning=plan_proto.Partitioning(unknown=1).SerializeToString(),
+        input_stage=stage,
+    )
+    plan = plan_proto.PhysicalPlanNode()
+    plan.extension.node = nodes_pb2.Encoded(
+        blob=nodes_pb2.Node(shuffle=network).SerializeToString()
+    ).SerializeToString()
+    return bytes(plan.SerializeToString())
+
+
+async def test_tasks_are_shown_while_they_run_with_their_rows_so_far() -> None:
+    async with running_worker() as running, console(running) as asked:
+        assert (await asked.Ping(observability_pb2.PingRequest())).value == 1
+        assert not (await progress(asked)).tasks
+        async with task(running, five_rows()) as key:
+            shown = observability_pb2.TaskProgress(
+                task_key=observability_pb2.TaskKey(query_id=key.query_id, stage_id=3, task_number=1),
+                status=observability_pb2.TASK_STATUS_RUNNING,
+            )
+            for partition, rows in ((None, 0), (0, 2), (1, 5)):
+                if partition is not None:
+                    await read(running, key, partition)
+                shown.output_rows = rows
+                assert list((await progress(asked)).tasks) == [shown]
+        assert not (await progress(asked)).tasks
+
+
+async def test_tasks_without_a_plan_or_with_one_that_fails_are_not_shown() -> None:
+    async with running_worker() as running, console(running) as asked:
+        with pytest.raises(grpc.aio.AioRpcError, match="not a datafusion"):
+            async with task(running, b"no plan"):
+                pass
+        assert running.worker.statistics().tasks == 1  # those who ask for it are told of the failure
+        assert not (await progress(asked)).tasks
+
+
+async def test_tasks_and_workers_are_shown_to_their_own_principal_alone() -> None:
+    async with running_worker(by_user) as running, console(running) as asked:
+        own = f"http://{running.address}"
+        async with task(running, five_rows(), ADA) as key:
+            assert [shown.task_key.query_id for shown in (await progress(asked, ADA)).tasks] == [key.query_id]
+            assert not (await progress(asked, BOB)).tasks
+            assert (await progress(asked, BOB)).worker_metrics.rss_bytes
+            assert (await urls(asked, ADA), await urls(asked, BOB)) == ([own], [])
+
+
+async def test_a_principal_that_the_session_builder_names_reads_its_tasks_with_another_token() -> None:
+    old, new = ((*ADA, ("authorization", token)) for token in ("old", "new"))
+    async with running_worker(by_user) as running, task(running, five_rows(), old) as key:
+        await read(running, key, 0, new)
+
+
+async def test_who_may_not_ask_learns_only_that_the_worker_is_there() -> None:
+    async with running_worker(by_user) as running, console(running) as asked:
+        refused = (grpc.StatusCode.UNAUTHENTICATED, "say who you are")
+        assert await status(asked.GetTaskProgress(observability_pb2.GetTaskProgressRequest())) == refused
+        assert await status(asked.GetClusterWorkers(observability_pb2.GetClusterWorkersRequest())) == refused
+        assert (await asked.Ping(observability_pb2.PingRequest())).value == 1
+
+
+async def test_the_service_is_in_reflection() -> None:
+    async with running_worker() as running, grpc.aio.insecure_channel(running.address) as channel:
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([request]))
+        async for answer in call:
+            names = {service.name for service in answer.list_services_response.service}
+        assert "observability.ObservabilityService" in names
+
+
+async def test_workers_are_those_that_plans_named_also_once_they_have_ended() -> None:
+    async with running_worker() as running, console(running) as asked:
+        assert await urls(asked) == []
+        others = ["http://127.0.0.1:9", "http://127.0.0.1:10"]
+        async with task(running, reading_from(*others)):
+            pass
+        assert set(await urls(asked)) == {f"http://{running.address}", *others}
+
+
+async def test_workers_that_are_set_are_the_ones() -> None:
+    settings = Settings(cluster_workers=("http://b:8000", "https://a"))
+    async with running_worker(settings=settings) as running, console(running) as asked, task(running, five_rows()):
+        assert await urls(asked) == ["http://b:8000", "https://a"]
+
+
+def test_workers_are_set_in_the_environment_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKER_CLUSTER_WORKERS", "http://a:1,http://b:2")
+    assert Settings().cluster_workers == ("http://a:1", "http://b:2")
+    monkeypatch.setenv("WORKER_CLUSTER_WORKERS", "http://a:1, b:2")
+    with pytest.raises(ValidationError, match="cluster_workers"):
+        Settings()
+
+
+def test_the_worker_that_was_not_named_for_the_longest_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(members, "MAX_MEMBERS", 2)
+    known = members.Members()
+    known.named("ada", ["http://a", "", "http://b", "http://a"])
+    assert known.of("ada") == ["http://a", "http://b"]
+    known.named("ada", ["http://c"])
+    assert known.of("ada") == ["http://a", "http://c"]
+    monkeypatch.setattr(members, "KEPT_SECONDS", 0.0)
+    assert known.of("ada") == []
+
+
+def test_memory_is_what_the_system_says() -> None:
+    assert resident_bytes() == pytest.approx(psutil.Process().memory_info().rss, rel=0.1)
+
+
+def test_cpu_usage_is_the_share_of_all_processors_since_it_was_last_asked() -> None:
+    usage = CpuUsage()
+    usage.percent()
+    for _ in range(2):
+        start, used = time.monotonic(), time.process_time()
+        while time.process_time() < used + 0.2:
+            pass
+        percent = usage.percent()
+        share = (time.process_time() - used) / (time.monotonic() - start)
+        assert percent == pytest.approx(100 * share / (os.cpu_count() or 1), rel=0.1)
+        assert usage.percent() == percent
+
+
+ENDLESS = "SELECT count(*) FROM numbers a JOIN numbers b ON a.key = b.key WHERE a.number + b.number < 0"
+
+
+@pytest.mark.skipif(not DDF, reason="needs DDF, the cluster program")
+async def test_a_query_under_way_is_shown_on_all_its_workers_until_it_is_cancelled(tmp_path: Path) -> None:
+    (tmp_path / "query.sql").write_text(ENDLESS)
+    (tmp_path / "numbers").mkdir()
+    for part in range(8):
+        table = pa.table({"key": pa.array([0] * 50_000), "number": range(50_000)})
+        pq.write_table(table, tmp_path / "numbers" / f"{part}.parquet")
+    async with running_worker() as one, running_worker() as two, console(one) as first, console(two) as second:
+        addresses = [f"http://{running.address}/" for running in (one, two)]
+        query = await asyncio.create_subprocess_exec(
+            DDF, "query", "--data", tmp_path, "--sql", tmp_path / "query.sql", "--workers", ",".join(addresses),
+            "--bytes-per-partition", "10000", "--no-broadcast", stdout=DEVNULL, stderr=DEVNULL,
+        )  # fmt: skip
+        try:
+            shown: list[observability_pb2.TaskProgress] = []
+            async with asyncio.timeout(60):
+                while sum(task.output_rows for task in shown) < 800_000:
+                    answers = [await progress(asked) for asked in (first, second)]
+                    shown = [task for answer in answers for task in answer.tasks]
+            assert all(answer.tasks and answer.worker_metrics.cpu_usage_percent > 0 for answer in answers)
+            assert len({task.task_key.query_id for task in shown}) == 1
+            assert await urls(first) == await urls(second) == sorted(addresses)
+        finally:
+            query.kill()
+            await query.wait()
+        await until(lambda: not one.worker.statistics().tasks + two.worker.statistics().tasks)
+        assert not [task for asked in (first, second) for task in (await progress(asked)).tasks]
