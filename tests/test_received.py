@@ -8,7 +8,7 @@ from struct import pack_into
 
 import pyarrow as pa
 import pytest
-from datafusion import ExecutionPlan, SessionContext, col
+from datafusion import ExecutionPlan, SessionContext
 from datafusion.object_store import LocalFileSystem
 from exact import assert_exact
 from type_cases import CASES
@@ -168,9 +168,9 @@ def test_bodies_are_not_copied(tmp_path: Path) -> None:
     body = memoryview(bytes(8000))
     (schema, _), (header, _) = encoded(batch().schema, [batch(*range(1000))])
     received = Received(schema_of([batch()]), 1, tmp_path, "leaf")
-    received.add(0, 0, memoryview(schema), [])
+    received.add(0, 0, schema, [])
     tracemalloc.start()
-    received.add(0, 0, memoryview(header), [body[:4000], body[4000:]])
+    received.add(0, 0, header, [body[:4000], body[4000:]])
     assert tracemalloc.get_traced_memory()[1] < 4000
     tracemalloc.stop()
 
@@ -368,7 +368,7 @@ def test_plans_work_over_it(tmp_path: Path, in_files: bool, query: str) -> None:
         received = Received(node.memory_scan.schema, len(node.memory_scan.partitions), tmp_path, str(index))
         for partition, stream in enumerate(node.memory_scan.partitions):
             for message in pa.ipc.MessageReader.open_stream(stream) if stream else []:
-                received.add(partition, 0, memoryview(message.metadata), [message.body] if message.body else [])
+                received.add(partition, 0, message.metadata.to_pybytes(), [message.body] if message.body else [])
         received.finish(to_files=in_files)
         scan = received.scan(STORE, None)
         # The batches are of all columns, here of one.
