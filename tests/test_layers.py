@@ -128,6 +128,7 @@ def test_the_exports_are_pinned() -> None:
         "WorkerQueryContext",
         "WorkerSessionBuilder",
         "add_FlightServiceServicer_to_server",
+        "add_ObservabilityServiceServicer_to_server",
         "keep_freed_memory",
         "plan_ticket",
         "server_options",

@@ -187,10 +187,9 @@ async def test_workers_that_are_set_are_the_ones() -> None:
         assert await urls(asked) == ["http://b:8000", "https://a"]
 
 
-def test_workers_are_set_in_the_environment_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORKER_CLUSTER_WORKERS", "http://a:1,http://b:2")
-    assert Settings().cluster_workers == ("http://a:1", "http://b:2")
-    monkeypatch.setenv("WORKER_CLUSTER_WORKERS", "http://a:1, b:2")
+@pytest.mark.parametrize("url", ["b:8000", "grpc://b:8000", " http://b:8000", "http://", ""])
+def test_what_is_no_url_of_a_worker_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKER_CLUSTER_WORKERS", f"http://a:8000,{url}")
     with pytest.raises(ValidationError, match="cluster_workers"):
         Settings()
 
@@ -198,7 +197,7 @@ def test_workers_are_set_in_the_environment_or_refused(monkeypatch: pytest.Monke
 def test_the_worker_that_was_not_named_for_the_longest_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(members, "MAX_MEMBERS", 2)
     known = members.Members()
-    known.named("ada", ["http://a", "", "http://b", "http://a"])
+    known.named("ada", ["http://a", "http://b", "http://a", ""])
     assert known.of("ada") == ["http://a", "http://b"]
     known.named("ada", ["http://c"])
     assert known.of("ada") == ["http://a", "http://c"]
