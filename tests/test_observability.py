@@ -4,7 +4,6 @@ import asyncio
 import os
 import time
 import uuid
-from asyncio.subprocess import DEVNULL
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cluster import asking, needs_ddf
 from datafusion import SessionConfig, SessionContext
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from pydantic import ValidationError
@@ -27,8 +27,6 @@ from worker.config import Settings
 from worker.plan import schema_message
 from worker.proto import nodes_pb2, observability_pb2, observability_pb2_grpc, worker_pb2, worker_pb2_grpc
 from worker.testing import RunningWorker, running_worker
-
-DDF = os.environ.get("DDF", "")
 
 ADA, BOB = (("x-user", "ada"),), (("x-user", "bob"),)
 
@@ -187,10 +185,9 @@ async def test_workers_that_are_set_are_the_ones() -> None:
         assert await urls(asked) == ["http://b:8000", "https://a"]
 
 
-def test_workers_are_set_in_the_environment_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORKER_CLUSTER_WORKERS", "http://a:1,http://b:2")
-    assert Settings().cluster_workers == ("http://a:1", "http://b:2")
-    monkeypatch.setenv("WORKER_CLUSTER_WORKERS", "http://a:1, b:2")
+@pytest.mark.parametrize("url", ["b:8000", "grpc://b:8000", " http://b:8000", "http://", ""])
+def test_what_is_no_url_of_a_worker_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKER_CLUSTER_WORKERS", f"http://a:8000,{url}")
     with pytest.raises(ValidationError, match="cluster_workers"):
         Settings()
 
@@ -198,7 +195,7 @@ def test_workers_are_set_in_the_environment_or_refused(monkeypatch: pytest.Monke
 def test_the_worker_that_was_not_named_for_the_longest_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(members, "MAX_MEMBERS", 2)
     known = members.Members()
-    known.named("ada", ["http://a", "", "http://b", "http://a"])
+    known.named("ada", ["http://a", "http://b", "http://a", ""])
     assert known.of("ada") == ["http://a", "http://b"]
     known.named("ada", ["http://c"])
     assert known.of("ada") == ["http://a", "http://c"]
@@ -226,20 +223,17 @@ def test_cpu_usage_is_the_share_of_all_processors_since_it_was_last_asked() -> N
 ENDLESS = "SELECT count(*) FROM numbers a JOIN numbers b ON a.key = b.key WHERE a.number + b.number < 0"
 
 
-@pytest.mark.skipif(not DDF, reason="needs DDF, the cluster program")
+@needs_ddf
 async def test_a_query_under_way_is_shown_on_all_its_workers_until_it_is_cancelled(tmp_path: Path) -> None:
-    (tmp_path / "query.sql").write_text(ENDLESS)
+    sql = tmp_path / "query.sql"
+    sql.write_text(ENDLESS)
     (tmp_path / "numbers").mkdir()
     for part in range(8):
         table = pa.table({"key": pa.array([0] * 50_000), "number": range(50_000)})
         pq.write_table(table, tmp_path / "numbers" / f"{part}.parquet")
     async with running_worker() as one, running_worker() as two, console(one) as first, console(two) as second:
         addresses = [f"http://{running.address}/" for running in (one, two)]
-        query = await asyncio.create_subprocess_exec(
-            DDF, "query", "--data", tmp_path, "--sql", tmp_path / "query.sql", "--workers", ",".join(addresses),
-            "--bytes-per-partition", "10000", "--no-broadcast", stdout=DEVNULL, stderr=DEVNULL,
-        )  # fmt: skip
-        try:
+        async with asking(tmp_path, sql, addresses, "--bytes-per-partition", "10000", "--no-broadcast"):
             shown: list[observability_pb2.TaskProgress] = []
             async with asyncio.timeout(60):
                 while sum(task.output_rows for task in shown) < 800_000:
@@ -248,8 +242,5 @@ async def test_a_query_under_way_is_shown_on_all_its_workers_until_it_is_cancell
             assert all(answer.tasks and answer.worker_metrics.cpu_usage_percent > 0 for answer in answers)
             assert len({task.task_key.query_id for task in shown}) == 1
             assert await urls(first) == await urls(second) == sorted(addresses)
-        finally:
-            query.kill()
-            await query.wait()
         await until(lambda: not one.worker.statistics().tasks + two.worker.statistics().tasks)
         assert not [task for asked in (first, second) for task in (await progress(asked)).tasks]

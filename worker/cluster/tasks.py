@@ -20,7 +20,7 @@ FAILURE_SECONDS = 10.0
 class _Entry:
     set: asyncio.Future[ClusterTask] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     is_taken: bool = False
-    principal: str = ""
+    principal: str | None = None
     waiting: int = 0
 
 
@@ -66,11 +66,7 @@ class ClusterTasks:
 
     def of(self, principal: str) -> list[ClusterTask]:
         """The tasks of a principal that have their plans."""
-        return [
-            entry.set.result()
-            for entry in self._entries.values()
-            if entry.set.done() and not entry.set.exception() and entry.principal == principal
-        ]
+        return [entry.set.result() for entry in self._entries.values() if entry.principal == principal]
 
     async def find(self, key: StageKey, principal: str | None) -> ClusterTask:
         """The task of a key, which is waited for if need be.
