@@ -227,7 +227,10 @@ async def until_nothing_is_left(member: RunningWorker, settings: Settings) -> No
     def nothing_is_left() -> bool:
         held = member.worker.statistics()
         assert settings.spill_folder is not None
-        return (held.requests, held.streams, held.tasks) == (0, 0, 0) and not [*settings.spill_folder.iterdir()]
+        # The worker's own folder stays, and is empty but for its lock.
+        left = [path for path in settings.spill_folder.rglob("*") if path.is_file() and path.name != "lock"]
+        left += settings.spill_folder.glob("datafusion-*")
+        return (held.requests, held.streams, held.tasks) == (0, 0, 0) and not left
 
     await until(nothing_is_left, seconds=2)
 

@@ -1,6 +1,5 @@
 """What a task reads of others, fetched: in parallel, as it comes, undecoded."""
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -13,6 +12,7 @@ from google.protobuf.message import DecodeError
 from worker import flight_data
 from worker.cluster.channels import Channels
 from worker.cluster.intake import Intake
+from worker.cluster.merge import together
 from worker.cluster.metrics import NetworkFigures
 from worker.cluster.nodes import Head, Leaf, Read
 from worker.errors import InvalidRequest, UpstreamFailed
@@ -46,13 +46,7 @@ async def fetch(leaf: Leaf, source: Source, intake: Intake, figures: NetworkFigu
         WorkerError: a worker that it reads from failed; nothing more is fetched then.
     """
     fetching = _Fetching(leaf, source, intake, figures)
-    try:
-        async with asyncio.TaskGroup() as group:
-            for index, read in enumerate(leaf.reads):
-                group.create_task(fetching.read(index, read))
-    except BaseExceptionGroup as errors:
-        # The others were cancelled because of the first.
-        raise errors.exceptions[0] from None
+    await together(fetching.read(index, read) for index, read in enumerate(leaf.reads))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +73,7 @@ class _Fetching:
                 await self.intake.add(slot, index, header, body)
 
     async def _read_remote(self, index: int, read: Read) -> None:
+        self.figures.remote_connections += 1
         request = _request(read, self.leaf.head)
         execute_task: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = self.source.channels.to(read.url).unary_stream(
             EXECUTE_TASK

@@ -47,7 +47,7 @@ class Load:
     def _distinct(self, index: int) -> float:
         """Distinct values of a column, as a share of the rows that were looked at."""
         columns = [batch.column(index) for batch in self._sample]
-        if not columns:
+        if not self._sampled:
             return 0.0
         try:
             values: int = pc.count_distinct(pa.chunked_array(columns), mode="only_valid").as_py()

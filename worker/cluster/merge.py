@@ -1,13 +1,27 @@
-"""Messages of several partitions as one stream, and of one partition as several streams."""
+"""Messages of several partitions as one stream, of one partition as several streams; and work done at the same time."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping
 from contextlib import aclosing
 
 from worker.message import Message
 
 # Messages that wait to be sent. Each partition makes its next one while its last one waits.
 READY_MESSAGES = 4
+
+
+async def together(work: Iterable[Coroutine[None, None, None]]) -> None:
+    """Does all of it at the same time; when some of it fails, the rest is cancelled.
+
+    Raises:
+        Exception: the first that any of it raised, alone.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            for part in work:
+                group.create_task(part)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
 
 
 async def interleaved(
@@ -27,12 +41,7 @@ async def interleaved(
 
     async def pump_all() -> None:
         try:
-            async with asyncio.TaskGroup() as group:
-                for partition, source in sources.items():
-                    group.create_task(pump(partition, source))
-        except BaseExceptionGroup as errors:
-            # The others were cancelled because of the first.
-            raise errors.exceptions[0] from None
+            await together(pump(partition, source) for partition, source in sources.items())
         finally:
             await ready.put(None)
 

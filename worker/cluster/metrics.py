@@ -128,6 +128,10 @@ def _number(text: str, units: Mapping[str, int]) -> int:
     return round(float(number) * units[unit])
 
 
+# As upstream's figure begins, which the smallest of several is taken of.
+_NO_LATENCY = (1 << 64) - 1
+
+
 def of_task(query_start: int, added: int, executed: int | None, finished: int | None) -> worker_pb2.MetricsSet:
     """When a task got its plan, was first executed, and ended, as times since the query's start; 0 for not yet.
 
@@ -147,6 +151,8 @@ class NetworkFigures:
     def __init__(self) -> None:
         self.local_connections = 0
         """How many tasks were on this same worker."""
+        self.remote_connections = 0
+        """How many were on others."""
         self.max_memory = 0
         """The most bytes of messages that were held at once."""
         self.elapsed_compute = 0
@@ -178,25 +184,27 @@ class NetworkFigures:
             self._latencies.add(latency)
 
     def to_proto(self, partitions: int) -> worker_pb2.MetricsSet:
-        """The figures, with rows and bytes of so many partitions, and latencies when there were any."""
+        """The figures, with rows and bytes of so many partitions; those of the network only where it was used."""
         figures = worker_pb2.MetricsSet()
         add = figures.metrics.add
         for partition in range(partitions):
             add(partition=partition).output_rows.value = self._rows[partition]
             add(partition=partition).output_bytes.value = self._bytes[partition]
-        add().elapsed_compute.value = self.elapsed_compute
         add(count=worker_pb2.NamedCount(name="local_connections_used", value=self.local_connections))
+        if not self.remote_connections:
+            return figures
+        add().elapsed_compute.value = self.elapsed_compute
         add(count=worker_pb2.NamedCount(name="msg_count", value=self._messages))
         add(gauge=worker_pb2.NamedGauge(name="max_mem_used", value=self.max_memory))
         add(custom_bytes_count=worker_pb2.BytesCount(name="bytes_transferred", value=self._transferred))
-        if self._latencies.count:
-            self._add_latencies(figures)
+        self._add_latencies(figures)
         return figures
 
     def _add_latencies(self, figures: worker_pb2.MetricsSet) -> None:
         add, seen = figures.metrics.add, self._latencies
         sketch = seen.to_bytes()
-        add(custom_min_latency=worker_pb2.MinLatency(name="network_latency_min", value=seen.min))
+        smallest = seen.min if seen.count else _NO_LATENCY
+        add(custom_min_latency=worker_pb2.MinLatency(name="network_latency_min", value=smallest))
         add(custom_max_latency=worker_pb2.MaxLatency(name="network_latency_max", value=seen.max))
         add(custom_p50_latency=worker_pb2.PercentileLatency(name="network_latency_p50", sketch_bytes=sketch))
         add(custom_p95_latency=worker_pb2.PercentileLatency(name="network_latency_p95", sketch_bytes=sketch))

@@ -160,10 +160,17 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
             is_known = "authorization" in query.headers or context.peer_identities()
             task = await self._cluster_tasks.find(key, query.principal if is_known else None)
             partitions = range(request.target_partition_start, request.target_partition_end)
+            schemas: dict[int, Message] = {}
             async with aclosing(task.output(partitions, head, task.orders.compression)) as output:
                 async for partition, message in output:
+                    schemas.setdefault(partition, message)
                     self._count(message)
                     yield partition, message
+            for partition in partitions:
+                if partition not in schemas:
+                    schema = next(iter(schemas.values()), None) or await task.schema()
+                    schemas[partition] = schema
+                    yield partition, schema
 
     def _own_output(self, principal: str) -> Any:
         async def output(key: StageKey, partitions: range, head: Head) -> AsyncGenerator[tuple[int, Message], None]:

@@ -46,7 +46,9 @@ class Sketch:
         self.sum += value
 
     def to_bytes(self) -> bytes:
-        """What the crate reads, of at least one number."""
+        """What the crate reads."""
+        if not self.count:
+            return b"".join((_CONFIG, _NO_VALUES, _NO_VALUES, _FIGURES.pack(math.inf, -math.inf, 0, 0)))
         first, last = min(self._bins), max(self._bins)
         bins = [self._bins[key] for key in range(first, last + 1)]
         return b"".join(

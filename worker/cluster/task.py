@@ -15,7 +15,7 @@ from worker.cluster import metrics
 from worker.cluster.fetch import Source, fetch
 from worker.cluster.intake import Intake, Store
 from worker.cluster.load import Load
-from worker.cluster.merge import Replay, interleaved
+from worker.cluster.merge import Replay, interleaved, together
 from worker.cluster.metrics import NetworkFigures
 from worker.cluster.nodes import Head, Leaf
 from worker.cluster.rewrite import Origins, Rewritten, executed, with_head
@@ -76,12 +76,13 @@ class ClusterTask:
         self._executed_at: int | None = None
         self._figures = {leaf: NetworkFigures() for leaf in rewritten.leaves}
         self._loads: asyncio.Queue[worker_pb2.LoadInfo | None] = asyncio.Queue()
+        self._plan_bytes = b""
         self._asked: set[int] = set()
         self._closed = False
         self._segments: list[tuple[ExecutionPlan, Origins]] = []
         self._replays: dict[int, Replay] = {}
         self._running: list[asyncio.Future[Any]] = []
-        self._input = self._own(self._fetch_all())
+        self._input: asyncio.Future[None] | None = self._own(self._fetch_all())
         self._sampling = self._own(self._sample()) if rewritten.is_sampled else None
         self._output: asyncio.Future[tuple[ExecutionPlan, int]] | None = None
 
@@ -104,9 +105,9 @@ class ClusterTask:
             WorkerError: the input could not be fetched, or DataFusion failed.
         """
         try:
-            if self._output is None:
+            if self._output is None and not self._closed:
                 self._output = self._own(self._prepare(head))
-            instance, count = await asyncio.shield(self._output)
+            instance, count = await self._has(self._output)
             self._take(partitions, count)
             with ExitStack() as opened:
                 if isinstance(head, worker_pb2.BroadcastExecHead):
@@ -124,6 +125,15 @@ class ClusterTask:
             if not self._closed or is_cancellation(error):
                 raise
             raise QueryEnded("the coordinator ended the query") from None
+
+    async def schema(self) -> Message:
+        """The schema's message, of a task without rows.
+
+        Raises:
+            WorkerError: as ``plan.schema_of``.
+        """
+        schema = await self._tasks.in_thread(plan.schema_of, self._session, self._plan_bytes)
+        return Encoder(schema, MAX_MESSAGE_SIZE).schema()
 
     async def load_infos(self) -> AsyncIterator[worker_pb2.LoadInfo]:
         """What there is of each partition of a plan that is sampled, as it gets known; of other plans nothing."""
@@ -163,19 +173,14 @@ class ClusterTask:
         self._segments.clear()
         self._replays.clear()
         self._running.clear()
-        self._output = None
+        # What failed has a traceback, in whose frames is this task: a circle, which would keep the session for long.
+        self._input = self._sampling = self._output = None
         if self._store.folder.exists():
             await asyncio.to_thread(self._store.delete)
 
     async def _fetch_all(self) -> None:
         """Puts everything that the plan reads of other tasks into its place."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                for number, leaf in enumerate(self._rewritten.leaves):
-                    group.create_task(self._fetch(leaf, str(number)))
-        except BaseExceptionGroup as errors:
-            # The others were cancelled because of the first.
-            raise errors.exceptions[0] from None
+        await together(self._fetch(leaf, str(number)) for number, leaf in enumerate(self._rewritten.leaves))
 
     async def _fetch(self, leaf: Leaf, name: str) -> None:
         intake = self._intake(leaf.schema, leaf.partitions, name)
@@ -184,11 +189,12 @@ class ClusterTask:
 
     async def _prepare(self, head: Head) -> tuple[ExecutionPlan, int]:
         """The instance that is read, and how many partitions it has for those who read it."""
-        await asyncio.shield(self._input)
+        await self._has(self._input)
         self._executed_at = time.time_ns()
-        below = self._rewritten.plan if self._sampling is None else await asyncio.shield(self._sampling)
+        below = self._rewritten.plan if self._sampling is None else await self._has(self._sampling)
         headed, origins = with_head(below, head)
-        instance = await self._tasks.decode(self._session, headed.SerializeToString())
+        self._plan_bytes = headed.SerializeToString()
+        instance = await self._tasks.decode(self._session, self._plan_bytes)
         if self._sampling is None:
             self._segments.append((instance, origins + self._rewritten.origins))
         else:
@@ -199,7 +205,7 @@ class ClusterTask:
 
     async def _sample(self) -> Any:
         """Executes the plan without its head, tells what there is of each partition, and makes a scan of it."""
-        await asyncio.shield(self._input)
+        await self._has(self._input)
         plan_bytes = self._rewritten.plan.SerializeToString()
         instance = await self._tasks.decode(self._session, plan_bytes)
         self._segments.append((instance, self._rewritten.origins))
@@ -208,9 +214,10 @@ class ClusterTask:
         intake = self._intake(plan.schema_message(schema), len(partitions), "sampled")
         with ExitStack() as opened:
             streams = await self._execute(instance, partitions, opened)
-            async with asyncio.TaskGroup() as group:
-                for partition, stream in zip(partitions, streams, strict=True):
-                    group.create_task(self._sample_partition(partition, stream, intake, Load(schema)))
+            await together(
+                self._sample_partition(partition, stream, intake, Load(schema))
+                for partition, stream in zip(partitions, streams, strict=True)
+            )
         return await intake.scan(None)
 
     async def _sample_partition(self, partition: int, stream: PartitionStream, intake: Intake, load: Load) -> None:
@@ -269,6 +276,12 @@ class ClusterTask:
             async with aclosing(self._encoded(stream, compression)) as messages:
                 async for message in messages:
                     yield message
+
+    async def _has(self, running: "asyncio.Future[T] | None") -> T:
+        """What comes of something that the task does, which goes on if who waits for it goes away."""
+        if running is None:
+            raise QueryEnded("the coordinator ended the query")
+        return await asyncio.shield(running)
 
     def _own(self, work: "Coroutine[Any, Any, T] | asyncio.Future[T]") -> "asyncio.Future[T]":
         """Runs what ends with the task."""

@@ -21,6 +21,7 @@ class _Entry:
     set: asyncio.Future[ClusterTask] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     is_taken: bool = False
     principal: str | None = None
+    has_failed: bool = False
     waiting: int = 0
 
 
@@ -31,7 +32,7 @@ class ClusterTasks:
         self._entries: dict[StageKey, _Entry] = {}
 
     def __len__(self) -> int:
-        return sum(entry.is_taken for entry in self._entries.values())
+        return sum(entry.is_taken and not entry.has_failed for entry in self._entries.values())
 
     @asynccontextmanager
     async def task(
@@ -53,6 +54,7 @@ class ClusterTasks:
             entry.principal, task = await make()
         except BaseException as error:
             told = error if isinstance(error, WorkerError) else QueryEnded("the coordinator ended the query")
+            entry.has_failed = True
             entry.set.set_exception(told)
             entry.set.exception()
             asyncio.get_running_loop().call_later(FAILURE_SECONDS, self._entries.pop, key, None)
