@@ -146,7 +146,7 @@ async def test_python_functions_run_on_every_worker(tables: Path, tmp_path: Path
     async with cluster(python_worker(*builder), python_worker(*builder)) as members:
         urls = [member.url for member in members]
         answers = await ask(tables, folder, tmp_path / "out", urls, *DISTRIBUTED, *FUNCTIONS)
-    assert_equal(answers, expected, folder)
+    assert_equal(answers, expected, folder, before)
 
 
 @pytest.mark.parametrize("partitions", ["1", "4"])
@@ -212,22 +212,29 @@ def endless(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def spilling(tmp_path: Path) -> Settings:
-    """Has workers put what they write into a folder of the test's."""
+def folder(tmp_path: Path) -> Path:
+    """Where workers put what they write."""
     folder = tmp_path / "spill"
     folder.mkdir()
-    return Settings(spill_folder=folder)
+    return folder
 
 
-async def until_nothing_is_left(member: RunningWorker, settings: Settings) -> None:
-    """Waits until a worker holds no request, stream, task or file; at most 2 s."""
+def contents(folder: Path) -> set[Path]:
+    """All files and folders in it."""
+    return {*folder.rglob("*")}
 
-    def nothing_is_left() -> bool:
+
+async def until_nothing_is_left(member: RunningWorker, folder: Path, before: set[Path]) -> None:
+    """Waits until a worker holds nothing for requests: no file, no folder of a session either; at most 2 s."""
+
+    def left() -> tuple[list[int], set[Path]]:
         held = member.worker.statistics()
-        assert settings.spill_folder is not None
-        return (held.requests, held.streams, held.tasks) == (0, 0, 0) and not [*settings.spill_folder.iterdir()]
+        return [held.requests, held.streams, held.tasks], contents(folder) - before
 
-    await until(nothing_is_left, seconds=2)
+    try:
+        await until(lambda: left() == ([0, 0, 0], set()), seconds=2)
+    except TimeoutError:
+        pytest.fail(f"requests, streams, tasks and files are left: {left()}")
 
 
 def http(member: RunningWorker) -> str:
@@ -236,11 +243,14 @@ def http(member: RunningWorker) -> str:
 
 
 async def test_a_worker_that_dies_ends_the_query_and_leaves_nothing_on_the_others(
-    endless: Path, spilling: Settings, tables: Path
+    endless: Path, folder: Path, tables: Path
 ) -> None:
     watched = Watched()
     builder = ("--session-builder", "examples.cluster_functions:build_state")
-    async with running_worker(watched, settings=spilling) as survivor, python_worker(*builder) as victim:
+    async with (
+        running_worker(watched, settings=Settings(spill_folder=folder)) as survivor,
+        python_worker(*builder) as victim,
+    ):
         urls = [http(survivor), victim.url]
         async with asking(tables, endless, urls, *DISTRIBUTED, *FUNCTIONS) as query:
             await until_called(query, watched)
@@ -248,19 +258,23 @@ async def test_a_worker_that_dies_ends_the_query_and_leaves_nothing_on_the_other
             victim.process.kill()
             output, _ = await asyncio.wait_for(query.communicate(), 2)
             assert b"endless run=0 ERROR" in output
-        await until_nothing_is_left(survivor, spilling)
+        await until_nothing_is_left(survivor, folder, before)
 
 
-async def test_a_query_whose_coordinator_dies_leaves_nothing(endless: Path, spilling: Settings, tables: Path) -> None:
+async def test_a_query_whose_coordinator_dies_leaves_nothing(endless: Path, folder: Path, tables: Path) -> None:
     first, second = Watched(), Watched()
-    async with running_worker(first, settings=spilling) as one, running_worker(second, settings=spilling) as other:
+    async with (
+        running_worker(first, settings=Settings(spill_folder=folder)) as one,
+        running_worker(second, settings=Settings(spill_folder=folder)) as other,
+    ):
+        before = contents(folder)
         async with asking(tables, endless, [http(one), http(other)], *DISTRIBUTED, *FUNCTIONS) as query:
             await until_called(query, first, second)
             assert one.worker.statistics().tasks > 0
             assert other.worker.statistics().tasks > 0
             query.kill()
-        await until_nothing_is_left(one, spilling)
-        await until_nothing_is_left(other, spilling)
+        await until_nothing_is_left(one, folder, before)
+        await until_nothing_is_left(other, folder, before)
 
 
 async def test_headers_passed_through_reach_every_worker(tables: Path, tmp_path: Path) -> None:
@@ -282,17 +296,21 @@ async def test_headers_passed_through_reach_every_worker(tables: Path, tmp_path:
 
 
 async def test_a_refusal_by_one_worker_ends_the_query_with_its_status(
-    spilling: Settings, tables: Path, tmp_path: Path
+    folder: Path, tables: Path, tmp_path: Path
 ) -> None:
     async def refuse(ctx: WorkerQueryContext) -> SessionContext:
         raise PermissionDenied(f"{ctx.headers.get('authorization')} may not")
 
     query = DATA / "tpch" / "q3.sql"
-    async with running_worker(settings=spilling) as one, running_worker(refuse, settings=spilling) as other:
+    async with (
+        running_worker(settings=Settings(spill_folder=folder)) as one,
+        running_worker(refuse, settings=Settings(spill_folder=folder)) as other,
+    ):
+        before = contents(folder)
         options = (*DISTRIBUTED, "--header", f"authorization={TOKEN}")
         answers = await ask(tables, query, tmp_path / "out", [http(one), http(other)], *options)
         assert answers["q3"].error is not None
         assert f"{TOKEN} may not" in answers["q3"].error
         assert "does not have permission" in answers["q3"].error
-        await until_nothing_is_left(one, spilling)
-        await until_nothing_is_left(other, spilling)
+        await until_nothing_is_left(one, folder, before)
+        await until_nothing_is_left(other, folder, before)
