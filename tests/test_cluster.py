@@ -160,7 +160,7 @@ async def test_analyze_shows_the_same_tree_with_the_same_figures(
         assert found[name] == wanted[name]
 
 
-def analyzed(printed: str) -> list[tuple[str, set[str], list[str]]]:
+def analyzed(printed: str) -> list[str]:
     """Each line of a tree: what it says of the plan, the names of its figures, and ``output_rows``."""
     text = "\n".join(line.split("|", 2)[2].rstrip(" |") for line in printed.splitlines() if line.startswith("| "))
     # Below a limit, and beside a join that may stop reading, nodes have as many rows as who was faster lets them. So do
@@ -174,7 +174,7 @@ def analyzed(printed: str) -> list[tuple[str, set[str], list[str]]]:
             what = re.sub(r"\{.*?\}", "", line)
         what, _, _ = what.partition("DynamicFilter")  # what it has become depends on the time
         rows = re.findall(r"\boutput_rows=([^,\]]+)", figures) if settled in what and not unsettled else []
-        lines.append((what, set(re.findall(r"(\w+)=", figures)), rows))
+        lines.append(f"{what} rows={rows} figures={sorted(re.findall(r'(\w+)=', figures))}")
     return lines
 
 
