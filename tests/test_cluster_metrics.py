@@ -219,7 +219,8 @@ def test_the_moments_of_a_task_are_times_since_the_start_of_the_query() -> None:
 
 def test_the_figures_of_a_network_leaf() -> None:
     network = NetworkFigures()
-    network.local_connections, network.max_memory, network.elapsed_compute = 1, 300, 77
+    network.local_connections, network.remote_connections = 1, 1
+    network.max_memory, network.elapsed_compute = 300, 77
     network.message_received(0, rows=10, size=100, created=1_000, received=1_500)
     network.message_received(2, rows=5, size=200, created=2_000, received=2_100)
     network.message_received(2, rows=0, size=50, created=0, received=2_200)
@@ -253,12 +254,16 @@ def test_the_figures_of_a_network_leaf() -> None:
     }
 
 
-def test_a_network_leaf_that_got_no_message_has_no_latencies() -> None:
+def test_a_network_leaf_that_got_no_message_has_the_same_figures() -> None:
+    used, unused = NetworkFigures(), NetworkFigures()
+    used.remote_connections = unused.remote_connections = 1
+    used.message_received(0, rows=10, size=100, created=1_000, received=1_500)
+    assert by_name(used.to_proto(1)).keys() == by_name(unused.to_proto(1)).keys()
+
+
+def test_a_network_leaf_that_read_this_worker_alone_has_no_figures_of_the_network() -> None:
     figures = NetworkFigures().to_proto(1)
-    assert {metric.WhichOneof("value") for metric in figures.metrics} == {
-        *("output_rows", "output_bytes", "elapsed_compute"),
-        *("count", "gauge", "custom_bytes_count"),
-    }
+    assert by_name(figures).keys() == {"output_rows", "output_bytes", "local_connections_used"}
 
 
 def test_the_rows_of_messages_are_read_from_their_headers() -> None:

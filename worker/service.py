@@ -103,12 +103,14 @@ class Worker(ObservabilityServicer, Flight_pb2_grpc.FlightServiceServicer):
                 total_records=-1,
                 total_bytes=-1,
             )
+        return Flight_pb2.FlightInfo()  # not sent: the status says what was wrong
 
     async def GetSchema(self, request: Flight_pb2.FlightDescriptor, context: Context) -> Flight_pb2.SchemaResult:
         """The schema of the plan in the descriptor's ``cmd``."""
         async with self._answering(context):
             _, schema = await self._describe(_ticket_of(request), context)
             return Flight_pb2.SchemaResult(schema=schema.serialize().to_pybytes())
+        return Flight_pb2.SchemaResult()  # not sent either
 
     async def Handshake(self, request_iterator: Any, context: Context) -> AsyncIterator[Flight_pb2.HandshakeResponse]:
         """Not offered."""

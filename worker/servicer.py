@@ -130,7 +130,9 @@ class Servicer:
                 logger.error("request failed: %s", error, exc_info=error)
             elif error.status is grpc.StatusCode.INTERNAL and not isinstance(error, UpstreamFailed):
                 logger.error("request failed: %s", error.__cause__ or error)
-            await context.abort(error.status, _details(str(error)), _trailing(error))
+            _fail(context, error.status, _details(str(error)))
+            if isinstance(error, UpstreamFailed) and error.details:
+                context.set_trailing_metadata(((STATUS_DETAILS, error.details),))
         except (grpc.aio.AbortError, GeneratorExit, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
@@ -138,9 +140,10 @@ class Servicer:
                 raise
             if isinstance(error, asyncio.CancelledError):
                 # Nobody cancels what a request waits for but the worker, when it is closed.
-                await context.abort(grpc.StatusCode.UNAVAILABLE, "the worker was closed")
-            logger.exception("request failed")
-            await context.abort(grpc.StatusCode.INTERNAL, "internal error: the worker's log says why")
+                _fail(context, grpc.StatusCode.UNAVAILABLE, "the worker was closed")
+            else:
+                logger.exception("request failed")
+                _fail(context, grpc.StatusCode.INTERNAL, "internal error: the worker's log says why")
         finally:
             self._requests -= 1
 
@@ -171,8 +174,14 @@ class Servicer:
         return message
 
 
-def _trailing(error: WorkerError) -> tuple[tuple[str, bytes], ...]:
-    return ((STATUS_DETAILS, error.details),) if isinstance(error, UpstreamFailed) and error.details else ()
+def _fail(context: Context, code: grpc.StatusCode, details: str) -> None:
+    """Has the RPC end with a status when its handler returns.
+
+    ``context.abort`` raises, and gRPC keeps what it raises in a circle: the sessions in the frames that the traceback
+    names would be kept until Python looks for circles.
+    """
+    context.set_code(code)
+    context.set_details(details)
 
 
 def _details(text: str) -> str:

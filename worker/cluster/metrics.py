@@ -128,6 +128,15 @@ def _number(text: str, units: Mapping[str, int]) -> int:
     return round(float(number) * units[unit])
 
 
+def of_output(figures: worker_pb2.MetricsSet) -> worker_pb2.MetricsSet:
+    """Those of a node's figures that a node which passes on its output has too."""
+    return worker_pb2.MetricsSet(
+        metrics=[metric for metric in figures.metrics if metric.WhichOneof("value") in _OUTPUT]
+    )
+
+
+_OUTPUT = frozenset({"output_rows", "output_bytes", "output_batches", "elapsed_compute"})
+
 # As upstream's figure begins, which the smallest of several is taken of.
 _NO_LATENCY = (1 << 64) - 1
 

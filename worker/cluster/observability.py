@@ -50,6 +50,7 @@ class ObservabilityServicer(ClusterServicer, observability_pb2_grpc.Observabilit
                     rss_bytes=resident_bytes(), cpu_usage_percent=self._cpu_usage.percent()
                 ),
             )
+        return observability_pb2.GetTaskProgressResponse()  # not sent: the status says what was wrong
 
     async def GetClusterWorkers(self, request: Any, context: Context) -> observability_pb2.GetClusterWorkersResponse:
         """The URLs of the setting ``cluster_workers``; without it, those that the principal's plans named of late."""
@@ -57,6 +58,7 @@ class ObservabilityServicer(ClusterServicer, observability_pb2_grpc.Observabilit
             principal = await self._admit(context)
             urls = self._settings.cluster_workers or self._members.of(principal)
             return observability_pb2.GetClusterWorkersResponse(worker_urls=urls)
+        return observability_pb2.GetClusterWorkersResponse()  # not sent either
 
     async def _admit(self, context: Context) -> str:
         """The principal of who asks."""

@@ -24,6 +24,8 @@ class Origin(Enum):
     """It is the next of those that are executed, parents before their children."""
     GONE = auto()
     """It is not executed here."""
+    PASSED = auto()
+    """It is not executed either, and would give what its one input gives."""
     ADDED = auto()
     """It is none of the coordinator's, but the next of those that are executed."""
 
@@ -77,19 +79,16 @@ def with_head(message: Message, head: Head) -> tuple[Message, Origins]:
     return headed, [Origin.GONE] if isinstance(head, worker_pb2.BroadcastExecHead) else []
 
 
-def executed(instance: ExecutionPlan, origins: Origins) -> Iterator[tuple[ExecutionPlan | None, Leaf | None]]:
-    """For each of the coordinator's nodes: the node that was executed, and the leaf, if it is one."""
-    nodes = _walk(instance)
+def executed(instance: ExecutionPlan, origins: Origins) -> Iterator[tuple[ExecutionPlan | None, Origin | Leaf]]:
+    """For each of the coordinator's nodes: the node that was executed, if there is one, and what became of it."""
+    nodes = list(_walk(instance))
+    place = 0
     for origin in origins:
-        match origin:
-            case Origin.KEPT:
-                yield next(nodes, None), None
-            case Origin.GONE:
-                yield None, None
-            case Origin.ADDED:
-                next(nodes, None)
-            case _:
-                yield next(nodes, None), origin
+        node = nodes[place] if place < len(nodes) and origin is not Origin.GONE else None
+        if origin is not Origin.ADDED:
+            yield node, origin
+        if origin not in {Origin.GONE, Origin.PASSED}:
+            place += 1
 
 
 def _walk(instance: ExecutionPlan) -> Iterator[ExecutionPlan]:
@@ -171,8 +170,8 @@ class _Rewriter:
         if len(node.union.inputs) > 1:
             origins.insert(start, Origin.KEPT)
         else:
-            # DataFusion makes none of a union of one, and the leaves must stay the nodes that they are.
-            origins.insert(start, Origin.GONE)
+            # DataFusion makes none of a union of one.
+            origins.insert(start, Origin.PASSED)
 
     def _repeat(self, node: Message, times: int, place: Place) -> None:
         """Makes a union of copies of a node: each is computed anew, where a coordinator left a broadcast in a plan."""

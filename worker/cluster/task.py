@@ -18,7 +18,7 @@ from worker.cluster.load import Load
 from worker.cluster.merge import Replay, interleaved, together
 from worker.cluster.metrics import NetworkFigures
 from worker.cluster.nodes import Head, Leaf
-from worker.cluster.rewrite import Origins, Rewritten, executed, with_head
+from worker.cluster.rewrite import Origin, Origins, Rewritten, executed, with_head
 from worker.config import MEBIBYTE, Compression
 from worker.encode import Encoder
 from worker.errors import FailedPrecondition, PartitionOutOfRange, QueryEnded, Unavailable
@@ -145,13 +145,14 @@ class ClusterTask:
 
     def figures(self) -> worker_pb2.TaskMetrics:
         """The metrics of the coordinator's nodes, parents first, and of the whole. Blocks for some ms."""
-        sets = [
-            metrics.of_node(node.metrics() if node is not None else None)
-            if leaf is None
-            else self._figures[leaf].to_proto(leaf.partitions)
-            for instance, origins in self._segments
-            for node, leaf in executed(instance, origins)
-        ]
+        sets = []
+        for instance, origins in self._segments:
+            for node, origin in executed(instance, origins):
+                if isinstance(origin, Leaf):
+                    sets.append(self._figures[origin].to_proto(origin.partitions))
+                else:
+                    of_node = metrics.of_node(node.metrics() if node is not None else None)
+                    sets.append(metrics.of_output(of_node) if origin is Origin.PASSED else of_node)
         of_task = metrics.of_task(self.orders.query_start, self._added, self._executed_at, time.time_ns())
         return worker_pb2.TaskMetrics(pre_order_plan_metrics=sets, task_metrics=of_task)
 
