@@ -1,5 +1,6 @@
 """What was received of others: read by DataFusion as it was sent, from memory and from files."""
 
+import resource
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,22 +9,22 @@ from struct import pack_into
 
 import pyarrow as pa
 import pytest
-from datafusion import ExecutionPlan, SessionContext, col
+from datafusion import ExecutionPlan, SessionContext
 from datafusion.object_store import LocalFileSystem
 from exact import assert_exact
 from type_cases import CASES
 
 from worker import plan_proto
-from worker.cluster.received import INLINE, Received
+from worker.cluster.received import INLINE, Part, Received
 from worker.config import Compression
 from worker.encode import Encoder
 from worker.errors import ExecutionFailed
-from worker.message import HEADER_SLOT, HEADER_TYPE_SLOT, Bytes, HeaderType, field, header_type, root, target
+from worker.message import HEADER_SLOT, HEADER_TYPE_SLOT, HeaderType, field, header_type, root, target
 
 STORE = "exchange://received/"
 COMPRESSIONS: Sequence[Compression] = ("none", "lz4", "zstd")
 
-Messages = Sequence[tuple[bytes, Sequence[Bytes]]]
+Messages = Sequence[tuple[bytes, Sequence[Part]]]
 Rows = list[tuple[object, ...]]
 
 
@@ -64,7 +65,7 @@ def written(
         for batch in batches:
             writer.write_batch(batch)
     reader = pa.ipc.MessageReader.open_stream(sink.getvalue())
-    return [(memoryview(m.metadata), [memoryview(m.body)] if m.body else []) for m in reader]  # type: ignore[misc]
+    return [(m.metadata.to_pybytes(), [memoryview(m.body)] if m.body else []) for m in reader]
 
 
 def session(folder: Path) -> SessionContext:
@@ -259,7 +260,7 @@ def test_each_source_has_dictionaries_of_its_own(tmp_path: Path, in_files: bool)
     assert [rows(p) for p in partitions(tmp_path, received.scan(STORE, None))] == [rows(WORDS) + rows(other)]
 
 
-def renumbered(messages: Messages) -> Iterator[tuple[bytes, Sequence[Bytes]]]:
+def renumbered(messages: Messages) -> Iterator[tuple[bytes, Sequence[Part]]]:
     """With another id for the second dictionary, as another implementation may choose it."""
     for header, body in messages:
         changed = bytearray(header)
@@ -406,13 +407,12 @@ def test_a_thread_writes_while_more_comes(tmp_path: Path) -> None:
     sent = [batch(*range(n, n + 50)) for n in range(3000)]
     with ThreadPoolExecutor(1) as thread:
         flushing = thread.submit(received.flush)
-        for index, (header, body) in enumerate(encoded(batch().schema, sent)):
+        for header, body in encoded(batch().schema, sent):
             for partition in range(3):
                 received.add(partition, 0, header, body)
             if flushing.done():
                 flushing.result()
                 flushing = thread.submit(received.flush)
-        assert index == 3000
     received.finish()
     assert received.held == 0
     for read in partitions(tmp_path, received.scan(STORE, None)):
@@ -442,3 +442,17 @@ def test_messages_that_have_not_what_they_say_are_refused(tmp_path: Path) -> Non
     tensor[field(header, root(header), HEADER_TYPE_SLOT)] = 4
     with pytest.raises(ExecutionFailed, match="a message of type 4"):
         received.add(0, 0, bytes(tensor), body)
+
+
+def test_what_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    """Also where the first part of it could."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    received = Received(schema_of([batch()]), 1, tmp_path, "leaf")
+    add(received, 0, 0, encoded(batch().schema, [batch(*range(1000))] * 3))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            received.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert next(tmp_path.iterdir()).stat().st_size == 10_000
