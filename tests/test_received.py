@@ -1,6 +1,7 @@
 """What was received of others: read by DataFusion as it was sent, from memory and from files."""
 
 import resource
+import sys
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -405,6 +406,16 @@ def test_much_of_it_is_not_in_memory(tmp_path: Path) -> None:
 
 
 def test_a_thread_writes_while_more_comes(tmp_path: Path) -> None:
+    # Threads change places as often as they can.
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        _write_while_more_comes(tmp_path)
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def _write_while_more_comes(tmp_path: Path) -> None:
     received = Received(schema_of([batch()]), 3, tmp_path, "leaf")
     sent = [batch(*range(n, n + 50)) for n in range(3000)]
     with ThreadPoolExecutor(1) as thread:

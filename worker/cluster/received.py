@@ -258,7 +258,7 @@ class _File:
     def end(self) -> int:
         """Holds what goes behind the last message; returns the bytes of that."""
         foot = footer(self.schema, self.dictionaries, self.batches)
-        return self._hold(bytes(-self.size % 8), _END, foot, LENGTH.pack(len(foot)), _MAGIC)
+        return self._hold(_END, foot, LENGTH.pack(len(foot)), _MAGIC)
 
     def take(self) -> list[Part]:
         """What is held, which it then is no more."""
