@@ -66,8 +66,18 @@ def written(
     with pa.ipc.new_stream(sink, schema, options=options) as writer:
         for batch in batches:
             writer.write_batch(batch)
-    reader = pa.ipc.MessageReader.open_stream(sink.getvalue())
+    return messages_of(sink.getvalue())
+
+
+def messages_of(stream: bytes | pa.Buffer) -> Messages:
+    reader = pa.ipc.MessageReader.open_stream(stream)
     return [(m.metadata.to_pybytes(), [memoryview(m.body)] if m.body else []) for m in reader]
+
+
+def written_in_rust(batches: Sequence[pa.RecordBatch]) -> Messages:
+    """As DataFusion writes it into a plan."""
+    plan = plan_proto.parse(SessionContext().create_dataframe([list(batches)]).execution_plan().to_bytes())
+    return messages_of(plan.memory_scan.partitions[0])
 
 
 def session(folder: Path) -> SessionContext:
@@ -113,18 +123,22 @@ def test_all_types_are_read_as_they_were_sent(tmp_path: Path, name: str, in_file
     stream = CASES[name].stream("whole")
     ways = [(way, compression) for way in (encoded, written) for compression in COMPRESSIONS]
     schema = schema_of(stream.batches or [pa.RecordBatch.from_pylist([], stream.schema)])
-    received = Received(schema, len(ways), tmp_path, "leaf")
-    for partition, (way, compression) in enumerate(ways):
-        add(received, partition, 0, way(stream.schema, stream.batches, compression))
+    sent = [way(stream.schema, stream.batches, compression) for way, compression in ways]
+    # A table has batches, and no two columns of one name.
+    if stream.batches and len(set(stream.schema.names)) == len(stream.schema):
+        sent.append(written_in_rust(stream.batches))
+    received = Received(schema, len(sent), tmp_path, "leaf")
+    for partition, messages in enumerate(sent):
+        add(received, partition, 0, messages)
     received.finish(to_files=in_files)
     plan = received.scan(STORE, None)
     assert plan_proto.kind(plan) == ("arrow_scan" if in_files else "memory_scan")
     # DataFusion's protobuf has no flag for ordered dictionaries, IPC streams have.
     expected = CASES[name].schema_alone if in_files else None
-    sent = [batch.cast(expected) for batch in stream.batches] if expected else stream.batches
+    made = [batch.cast(expected) for batch in stream.batches] if expected else stream.batches
     for batches in partitions(tmp_path, plan):
         table = pa.Table.from_batches(batches, None if batches else stream.schema)
-        assert_exact(table, expected or stream.schema, sent)
+        assert_exact(table, expected or stream.schema, made)
     for files in files_of(plan):
         # Another implementation reads them as well.
         read = [batch for file in files for batch in batches_of(tmp_path / file)]
@@ -371,8 +385,7 @@ def test_plans_work_over_it(tmp_path: Path, in_files: bool, query: str) -> None:
     for index, node in enumerate([n for n in plan_proto.nodes(plan) if plan_proto.kind(n) == "memory_scan"]):
         received = Received(node.memory_scan.schema, len(node.memory_scan.partitions), tmp_path, str(index))
         for partition, stream in enumerate(node.memory_scan.partitions):
-            for message in pa.ipc.MessageReader.open_stream(stream) if stream else []:
-                received.add(partition, 0, memoryview(message.metadata), [message.body] if message.body else [])
+            add(received, partition, 0, messages_of(stream) if stream else [])
         received.finish(to_files=in_files)
         scan = received.scan(STORE, None)
         # The batches are of all columns, here of one.

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import TypeAlias
@@ -57,7 +58,7 @@ class Received:
     Messages of one partition and source stay in their order. One thread may ``flush`` while another calls ``add``.
 
     Arrow's files have one dictionary for an id, so what comes after a new one goes into another file, with those that
-    have not changed: each stays in memory until another takes its place, and is not counted as held.
+    have not changed. Each stays in memory until another takes its place, and is not counted as held.
     """
 
     def __init__(self, schema: plan_proto.Message, partitions: int, folder: Path, name: str) -> None:
@@ -69,12 +70,11 @@ class Received:
             name: what the names of files begin with, unique in the folder.
         """
         self._schema = schema
-        self._partitions = partitions
         self._folder = folder
         self._name = name
         # Sources are told apart only where they must be, since each has dictionaries of its own.
         self._is_apart: bool | None = None
-        self._streams: dict[tuple[int, int], _Stream] = {}
+        self._partitions: list[dict[int, _Stream]] = [{} for _ in range(partitions)]
         self._is_in_files = False
         self._lock = Lock()
         self.held = 0
@@ -96,13 +96,14 @@ class Received:
         kind = header_type(header)
         if kind == HeaderType.SCHEMA and self._is_apart is None:
             self._is_apart = _has_dictionaries(header)
-        key = partition, source if self._is_apart else 0
-        stream = self._streams.get(key)
+        streams = self._partitions[partition]
+        key = source if self._is_apart else 0
+        stream = streams.get(key)
         if kind == HeaderType.SCHEMA:
             if stream is None:
-                stream = _Stream(header, f"{self._name}-{partition}-{key[1]}")
+                stream = _Stream(header, f"{self._name}-{partition}-{key}")
                 with self._lock:
-                    self._streams[key] = stream
+                    streams[key] = stream
             return
         if stream is None:
             raise ExecutionFailed(f"an upstream task sent a message of type {kind} before the schema")
@@ -123,7 +124,7 @@ class Received:
         """
         self._is_in_files = True
         with self._lock:
-            taken = [(file, file.take()) for file in self._files()]
+            taken = [(file, file.take()) for streams in self._partitions for file in _files(streams)]
         for file, parts in taken:
             if parts:
                 file.write(self._folder, parts)
@@ -139,11 +140,10 @@ class Received:
         Raises:
             OSError: as ``flush`` does.
         """
-        # Dictionaries have numbers that the schema message says, so sources with other ones do not make one stream.
-        schemas = {stream.schema for stream in self._streams.values()} if self._is_apart else ()
-        if to_files or self._is_in_files or self.held > INLINE or len(schemas) > 1:
-            for file in self._files():
-                self.held += file.end()
+        # Schema messages number the dictionaries, so messages of sources with different ones make no stream together.
+        are_streams = all(len({stream.schema for stream in streams.values()}) < 2 for streams in self._partitions)
+        if to_files or self._is_in_files or self.held > INLINE or not are_streams:
+            self.held += sum(file.end() for streams in self._partitions for file in _files(streams))
             self.flush()
 
     def scan(self, store_url: str, partitioning: plan_proto.Message | None) -> plan_proto.Message:
@@ -159,7 +159,7 @@ class Received:
         node = plan_proto.PhysicalPlanNode()
         if not self._is_in_files:
             node.memory_scan.schema.CopyFrom(self._schema)
-            node.memory_scan.partitions.extend(map(self._inline, range(self._partitions)))
+            node.memory_scan.partitions.extend(map(_inline, self._partitions))
             return node
         conf = node.arrow_scan.base_conf
         conf.schema.CopyFrom(self._schema)
@@ -171,23 +171,11 @@ class Received:
         conf.statistics.SetInParent()
         if partitioning is not None:
             conf.output_partitioning.CopyFrom(partitioning)
-        for partition in range(self._partitions):
+        for streams in self._partitions:
             group = conf.file_groups.add()
-            for file in self._files(partition):
+            for file in _files(streams):
                 group.files.add(path=file.name, size=file.size)
         return node
-
-    def _files(self, partition: int | None = None) -> Iterator["_File"]:
-        for (number_, _source), stream in self._streams.items():
-            if partition in {None, number_}:
-                yield from stream.files
-
-    def _inline(self, partition: int) -> bytes:
-        """An IPC stream with what is held of a partition, empty if that is nothing."""
-        files = list(self._files(partition))
-        if not files:
-            return b""
-        return b"".join([_Framed(files[0].schema).metadata, *(part for file in files for part in file.held), _END])
 
 
 class _Framed:
@@ -282,6 +270,19 @@ class _File:
         self.held += parts
         self.size += added
         return added
+
+
+def _files(streams: dict[int, _Stream]) -> Iterator[_File]:
+    """What came for one partition."""
+    return chain.from_iterable(stream.files for stream in streams.values())
+
+
+def _inline(streams: dict[int, _Stream]) -> bytes:
+    """An IPC stream with what is held of a partition, empty if that is nothing."""
+    files = list(_files(streams))
+    if not files:
+        return b""
+    return b"".join([_Framed(files[0].schema).metadata, *(part for file in files for part in file.held), _END])
 
 
 def _write(file: int, parts: list[Part]) -> None:
