@@ -181,6 +181,14 @@ def test_what_is_much_goes_to_files_and_what_is_little_does_not(tmp_path: Path) 
     assert all(file.name.startswith("arrow_scan") for file in tmp_path.iterdir())
 
 
+def test_the_folder_is_made_when_it_is_needed(tmp_path: Path, in_files: bool) -> None:
+    folder = tmp_path / "made"
+    received = Received(schema_of([batch()]), 1, folder, "leaf")
+    add(received, 0, 0, encoded(batch().schema, [batch(1)]))
+    received.finish(to_files=in_files)
+    assert folder.exists() == received.is_in_files == in_files
+
+
 def test_bodies_are_not_copied(tmp_path: Path) -> None:
     body = memoryview(bytes(8000))
     (schema, _), (header, _) = encoded(batch().schema, [batch(*range(1000))])

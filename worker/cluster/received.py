@@ -66,7 +66,7 @@ class Received:
         Args:
             schema: the leaf's, a ``datafusion_common.Schema``.
             partitions: how many the leaf has.
-            folder: exists, and is the caller's to delete.
+            folder: made when it is needed, and the caller's to delete.
             name: what the names of files begin with, unique in the folder.
         """
         self._schema = schema
@@ -75,7 +75,8 @@ class Received:
         # Sources are told apart only where they must be, since each has dictionaries of its own.
         self._is_apart: bool | None = None
         self._partitions: list[dict[int, _Stream]] = [{} for _ in range(partitions)]
-        self._is_in_files = False
+        self.is_in_files = False
+        """Whether there is anything that only files can hold."""
         self._lock = Lock()
         self.held = 0
         """Bytes in memory that ``flush`` would write."""
@@ -122,7 +123,8 @@ class Received:
         Raises:
             OSError: it could not be written; what was received is of no use then.
         """
-        self._is_in_files = True
+        self.is_in_files = True
+        self._folder.mkdir(exist_ok=True)
         with self._lock:
             taken = [(file, file.take()) for streams in self._partitions for file in _files(streams)]
         for file, parts in taken:
@@ -142,7 +144,7 @@ class Received:
         """
         # Schema messages number the dictionaries, so messages of sources with different ones make no stream together.
         are_streams = all(len({stream.schema for stream in streams.values()}) < 2 for streams in self._partitions)
-        if to_files or self._is_in_files or self.held > INLINE or not are_streams:
+        if to_files or self.is_in_files or self.held > INLINE or not are_streams:
             self.held += sum(file.end() for streams in self._partitions for file in _files(streams))
             self.flush()
 
@@ -157,7 +159,7 @@ class Received:
             partitioning: a ``datafusion.Partitioning`` that the scan says that it has. What is in memory cannot say.
         """
         node = plan_proto.PhysicalPlanNode()
-        if not self._is_in_files:
+        if not self.is_in_files:
             node.memory_scan.schema.CopyFrom(self._schema)
             node.memory_scan.partitions.extend(map(_inline, self._partitions))
             return node
