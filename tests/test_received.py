@@ -1,8 +1,11 @@
 """What was received of others: read by DataFusion as it was sent, from memory and from files."""
 
+import resource
+import sys
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from struct import pack_into
 
@@ -14,16 +17,16 @@ from exact import assert_exact
 from type_cases import CASES
 
 from worker import plan_proto
-from worker.cluster.received import INLINE, Received
+from worker.cluster.received import INLINE, Part, Received
 from worker.config import Compression
 from worker.encode import Encoder
 from worker.errors import ExecutionFailed
-from worker.message import HEADER_SLOT, HEADER_TYPE_SLOT, Bytes, HeaderType, field, header_type, root, target
+from worker.message import HEADER_SLOT, HEADER_TYPE_SLOT, HeaderType, field, header_type, root, target
 
 STORE = "exchange://received/"
 COMPRESSIONS: Sequence[Compression] = ("none", "lz4", "zstd")
 
-Messages = Sequence[tuple[bytes, Sequence[Bytes]]]
+Messages = Sequence[tuple[bytes, Sequence[Part]]]
 Rows = list[tuple[object, ...]]
 
 
@@ -63,8 +66,18 @@ def written(
     with pa.ipc.new_stream(sink, schema, options=options) as writer:
         for batch in batches:
             writer.write_batch(batch)
-    reader = pa.ipc.MessageReader.open_stream(sink.getvalue())
-    return [(memoryview(m.metadata), [memoryview(m.body)] if m.body else []) for m in reader]  # type: ignore[misc]
+    return messages_of(sink.getvalue())
+
+
+def messages_of(stream: bytes | pa.Buffer) -> Messages:
+    reader = pa.ipc.MessageReader.open_stream(stream)
+    return [(m.metadata.to_pybytes(), [memoryview(m.body)] if m.body else []) for m in reader]
+
+
+def written_in_rust(batches: Sequence[pa.RecordBatch]) -> Messages:
+    """As DataFusion writes it into a plan."""
+    plan = plan_proto.parse(SessionContext().create_dataframe([list(batches)]).execution_plan().to_bytes())
+    return messages_of(plan.memory_scan.partitions[0])
 
 
 def session(folder: Path) -> SessionContext:
@@ -110,18 +123,22 @@ def test_all_types_are_read_as_they_were_sent(tmp_path: Path, name: str, in_file
     stream = CASES[name].stream("whole")
     ways = [(way, compression) for way in (encoded, written) for compression in COMPRESSIONS]
     schema = schema_of(stream.batches or [pa.RecordBatch.from_pylist([], stream.schema)])
-    received = Received(schema, len(ways), tmp_path, "leaf")
-    for partition, (way, compression) in enumerate(ways):
-        add(received, partition, 0, way(stream.schema, stream.batches, compression))
+    sent = [way(stream.schema, stream.batches, compression) for way, compression in ways]
+    # A table has batches, and no two columns of one name.
+    if stream.batches and len(set(stream.schema.names)) == len(stream.schema):
+        sent.append(written_in_rust(stream.batches))
+    received = Received(schema, len(sent), tmp_path, "leaf")
+    for partition, messages in enumerate(sent):
+        add(received, partition, 0, messages)
     received.finish(to_files=in_files)
     plan = received.scan(STORE, None)
     assert plan_proto.kind(plan) == ("arrow_scan" if in_files else "memory_scan")
     # DataFusion's protobuf has no flag for ordered dictionaries, IPC streams have.
     expected = CASES[name].schema_alone if in_files else None
-    sent = [batch.cast(expected) for batch in stream.batches] if expected else stream.batches
+    made = [batch.cast(expected) for batch in stream.batches] if expected else stream.batches
     for batches in partitions(tmp_path, plan):
         table = pa.Table.from_batches(batches, None if batches else stream.schema)
-        assert_exact(table, expected or stream.schema, sent)
+        assert_exact(table, expected or stream.schema, made)
     for files in files_of(plan):
         # Another implementation reads them as well.
         read = [batch for file in files for batch in batches_of(tmp_path / file)]
@@ -162,6 +179,14 @@ def test_what_is_much_goes_to_files_and_what_is_little_does_not(tmp_path: Path) 
         assert plan_proto.kind(plan) == kind
         assert [rows(p) for p in partitions(tmp_path, plan)] == [rows(batches)]
     assert all(file.name.startswith("arrow_scan") for file in tmp_path.iterdir())
+
+
+def test_the_folder_is_made_when_it_is_needed(tmp_path: Path, in_files: bool) -> None:
+    folder = tmp_path / "made"
+    received = Received(schema_of([batch()]), 1, folder, "leaf")
+    add(received, 0, 0, encoded(batch().schema, [batch(1)]))
+    received.finish(to_files=in_files)
+    assert folder.exists() == received.is_in_files == in_files
 
 
 def test_bodies_are_not_copied(tmp_path: Path) -> None:
@@ -259,7 +284,7 @@ def test_each_source_has_dictionaries_of_its_own(tmp_path: Path, in_files: bool)
     assert [rows(p) for p in partitions(tmp_path, received.scan(STORE, None))] == [rows(WORDS) + rows(other)]
 
 
-def renumbered(messages: Messages) -> Iterator[tuple[bytes, Sequence[Bytes]]]:
+def renumbered(messages: Messages) -> Iterator[tuple[bytes, Sequence[Part]]]:
     """With another id for the second dictionary, as another implementation may choose it."""
     for header, body in messages:
         changed = bytearray(header)
@@ -352,6 +377,7 @@ def test_an_interleave_takes_none_from_memory(tmp_path: Path) -> None:
         "SELECT count(*) AS c, sum(t.n) AS s FROM t",
         "SELECT t.n % 7 AS k, count(*) AS c FROM t JOIN u ON t.n = u.n GROUP BY k ORDER BY k LIMIT 5",
         "SELECT t.n FROM t WHERE n IN (SELECT n FROM u) AND n > 10 ORDER BY n DESC",
+        "SELECT n FROM t WHERE n = 5",
         "SELECT * FROM t UNION ALL SELECT * FROM u ORDER BY n",
         "SELECT t.n AS a, u.n AS b, row_number() OVER (ORDER BY t.n, u.n) AS r FROM t CROSS JOIN u WHERE t.n + u.n < 9",
     ],
@@ -367,14 +393,13 @@ def test_plans_work_over_it(tmp_path: Path, in_files: bool, query: str) -> None:
     for index, node in enumerate([n for n in plan_proto.nodes(plan) if plan_proto.kind(n) == "memory_scan"]):
         received = Received(node.memory_scan.schema, len(node.memory_scan.partitions), tmp_path, str(index))
         for partition, stream in enumerate(node.memory_scan.partitions):
-            for message in pa.ipc.MessageReader.open_stream(stream) if stream else []:
-                received.add(partition, 0, message.metadata.to_pybytes(), [message.body] if message.body else [])
+            add(received, partition, 0, messages_of(stream) if stream else [])
         received.finish(to_files=in_files)
         scan = received.scan(STORE, None)
         # The batches are of all columns, here of one.
         assert node.memory_scan.projection == [0]
         node.CopyFrom(scan)
-    (read,) = partitions(tmp_path, plan)
+    read = chain.from_iterable(partitions(tmp_path, plan))
     assert sorted(rows(read)) == sorted(rows(frame.collect()))
 
 
@@ -402,17 +427,26 @@ def test_much_of_it_is_not_in_memory(tmp_path: Path) -> None:
 
 
 def test_a_thread_writes_while_more_comes(tmp_path: Path) -> None:
+    # Threads change places as often as they can.
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        _write_while_more_comes(tmp_path)
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def _write_while_more_comes(tmp_path: Path) -> None:
     received = Received(schema_of([batch()]), 3, tmp_path, "leaf")
     sent = [batch(*range(n, n + 50)) for n in range(3000)]
     with ThreadPoolExecutor(1) as thread:
         flushing = thread.submit(received.flush)
-        for index, (header, body) in enumerate(encoded(batch().schema, sent)):
+        for header, body in encoded(batch().schema, sent):
             for partition in range(3):
                 received.add(partition, 0, header, body)
             if flushing.done():
                 flushing.result()
                 flushing = thread.submit(received.flush)
-        assert index == 3000
     received.finish()
     assert received.held == 0
     for read in partitions(tmp_path, received.scan(STORE, None)):
@@ -427,7 +461,26 @@ def test_messages_may_not_be_padded(tmp_path: Path, in_files: bool) -> None:
     for header, body in encoded(batch().schema, [batch(1, 2), batch(3)]):
         received.add(0, 0, header + bytes(4), body)
     received.finish(to_files=in_files)
-    assert [rows(p) for p in partitions(tmp_path, received.scan(STORE, None))] == [[(1,), (2,), (3,)]]
+    plan = received.scan(STORE, None)
+    assert [rows(p) for p in partitions(tmp_path, plan)] == [[(1,), (2,), (3,)]]
+    # Which pyarrow does not read unless all is at multiples of 8.
+    assert [rows(batches_of(tmp_path / file)) for files in files_of(plan) for file in files] == (
+        [[(1,), (2,), (3,)]] if in_files else []
+    )
+
+
+def test_nothing_is_known_of_the_rows(tmp_path: Path) -> None:
+    """So that no plan is answered from statistics."""
+    received = Received(schema_of([batch()]), 1, tmp_path, "leaf")
+    received.finish(to_files=True)
+    context = session(tmp_path)
+    decoded = ExecutionPlan.from_bytes(context, received.scan(STORE, None).SerializeToString())
+    statistics = plan_proto.parse(decoded.to_bytes(context)).arrow_scan.base_conf.statistics
+    (column,) = statistics.column_stats
+    known = [statistics.num_rows, statistics.total_byte_size, column.null_count, column.distinct_count]
+    known += [column.min_value, column.max_value, column.sum_value, column.byte_size]
+    absent = known[0].DESCRIPTOR.fields_by_name["precision_info"].enum_type.values_by_name["ABSENT"].number
+    assert [precision.precision_info for precision in known] == [absent] * 8
 
 
 def test_messages_that_have_not_what_they_say_are_refused(tmp_path: Path) -> None:
@@ -442,3 +495,17 @@ def test_messages_that_have_not_what_they_say_are_refused(tmp_path: Path) -> Non
     tensor[field(header, root(header), HEADER_TYPE_SLOT)] = 4
     with pytest.raises(ExecutionFailed, match="a message of type 4"):
         received.add(0, 0, bytes(tensor), body)
+
+
+def test_what_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    """Also where the first part of it could."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    received = Received(schema_of([batch()]), 1, tmp_path, "leaf")
+    add(received, 0, 0, encoded(batch().schema, [batch(*range(1000))] * 3))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            received.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert next(tmp_path.iterdir()).stat().st_size == 10_000
