@@ -193,9 +193,9 @@ def test_bodies_are_not_copied(tmp_path: Path) -> None:
     body = memoryview(bytes(8000))
     (schema, _), (header, _) = encoded(batch().schema, [batch(*range(1000))])
     received = Received(schema_of([batch()]), 1, tmp_path, "leaf")
-    received.add(0, 0, schema, [])
+    received.add(0, 0, memoryview(schema), [])
     tracemalloc.start()
-    received.add(0, 0, header, [body[:4000], body[4000:]])
+    received.add(0, 0, memoryview(header), [body[:4000], body[4000:]])
     assert tracemalloc.get_traced_memory()[1] < 4000
     tracemalloc.stop()
 

@@ -102,6 +102,9 @@ class QueryEnded(WorkerError):
 
     status = grpc.StatusCode.CANCELLED
 
+    def __init__(self) -> None:
+        super().__init__("the coordinator ended the query")
+
 
 class PlanNotSet(WorkerError):
     """A task was asked for whose plan no coordinator has sent within some seconds."""

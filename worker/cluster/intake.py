@@ -40,11 +40,13 @@ class Store:
             )
             self._is_registered = True
 
-    def delete(self) -> None:
-        """Deletes it, and lets the session forget it. Blocks."""
+    async def close(self) -> None:
+        """Deletes it, and lets go of the session."""
         if self._is_registered:
             self._session.deregister_object_store(STORE_SCHEME, self.folder.name)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        del self._session
+        if self.folder.exists():
+            await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)
 
 
 class Intake:
@@ -83,7 +85,7 @@ class Intake:
             partitioning: what the plan has to be told of how rows are distributed over the partitions, if anything.
         """
         to_files = partitioning is not None
-        is_small = self._received.held <= INLINE and not to_files
+        is_small = self._received.held <= INLINE and not to_files and not self._received.is_in_files
         await self._tasks.in_thread_if(not is_small, partial(self._received.finish, to_files=to_files))
         if self._received.is_in_files:
             self._store.register()

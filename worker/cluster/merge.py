@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping
 from contextlib import aclosing
 
+from worker.errors import QueryEnded
 from worker.message import Message
 
 # Messages that wait to be sent. Each partition makes its next one while its last one waits.
@@ -53,6 +54,8 @@ async def interleaved(
     finally:
         pumping.cancel()
         await asyncio.gather(pumping, return_exceptions=True)
+        # Its error has this frame in its traceback.
+        del pumping
 
 
 class Replay:
@@ -91,6 +94,14 @@ class Replay:
             await self._more.wait()
         if self._error is not None:
             raise self._error
+
+    def close(self) -> None:
+        """Lets go of everything, to be called when nobody will read on; who does gets an error."""
+        self._messages.clear()
+        # Its traceback leads back here.
+        self._error = QueryEnded()
+        self._ended = True
+        self._wake()
 
     def _wake(self) -> None:
         self._more.set()

@@ -124,7 +124,7 @@ class ClusterTask:
         except (asyncio.CancelledError, Unavailable) as error:
             if not self._closed or is_cancellation(error):
                 raise
-            raise QueryEnded("the coordinator ended the query") from None
+            raise QueryEnded() from None
 
     async def schema(self) -> Message:
         """The schema's message, of a task without rows.
@@ -172,12 +172,16 @@ class ClusterTask:
             running.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
         self._segments.clear()
+        for replay in self._replays.values():
+            replay.close()
         self._replays.clear()
         self._running.clear()
         # What failed has a traceback, in whose frames is this task: a circle, which would keep the session for long.
         self._input = self._sampling = self._output = None
-        if self._store.folder.exists():
-            await asyncio.to_thread(self._store.delete)
+        # Errors are easily in circles with the frames of their tracebacks, which Python 3.11's TaskGroup adds to: what is
+        # large must not hang on them.
+        await self._store.close()
+        del self._session, self._rewritten
 
     async def _fetch_all(self) -> None:
         """Puts everything that the plan reads of other tasks into its place."""
@@ -281,8 +285,12 @@ class ClusterTask:
     async def _has(self, running: "asyncio.Future[T] | None") -> T:
         """What comes of something that the task does, which goes on if who waits for it goes away."""
         if running is None:
-            raise QueryEnded("the coordinator ended the query")
-        return await asyncio.shield(running)
+            raise QueryEnded()
+        try:
+            return await asyncio.shield(running)
+        finally:
+            # Its error has this frame in its traceback.
+            del running
 
     def _own(self, work: "Coroutine[Any, Any, T] | asyncio.Future[T]") -> "asyncio.Future[T]":
         """Runs what ends with the task."""

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from worker.cluster.task import ClusterTask
-from worker.errors import PlanNotSet, QueryEnded, StageKeyConflict, WorkerError
+from worker.errors import PlanNotSet, QueryEnded, StageKeyConflict, UpstreamFailed, WorkerError
 from worker.ticket import StageKey
 
 # Upstream's workers wait as long (src/worker/impl_execute_task.rs), and so they do for a task that ours reads from.
@@ -53,10 +53,12 @@ class ClusterTasks:
         try:
             entry.principal, task = await make()
         except BaseException as error:
-            told = error if isinstance(error, WorkerError) else QueryEnded("the coordinator ended the query")
             entry.has_failed = True
-            entry.set.set_exception(told)
+            # Not the error itself: the session is in the frames that its traceback names.
+            told = error if isinstance(error, WorkerError) else QueryEnded()
+            entry.set.set_exception(UpstreamFailed(str(told), told.status))
             entry.set.exception()
+            del told
             asyncio.get_running_loop().call_later(FAILURE_SECONDS, self._entries.pop, key, None)
             raise
         entry.set.set_result(task)
