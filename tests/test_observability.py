@@ -133,7 +133,7 @@ async def test_tasks_without_a_plan_or_with_one_that_fails_are_not_shown() -> No
         with pytest.raises(grpc.aio.AioRpcError, match="not a datafusion"):
             async with task(running, b"no plan"):
                 pass
-        assert running.worker.statistics().tasks == 1  # those who ask for it are told of the failure
+        assert running.worker.statistics().tasks == 0
         assert not (await progress(asked)).tasks
 
 

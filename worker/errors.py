@@ -11,7 +11,7 @@
     ├── ResourcesExhausted       RESOURCE_EXHAUSTED   DataFusion ran out of its memory pool or disk
     ├── ExecutionFailed          INTERNAL             DataFusion failed while it ran the plan
     ├── EnginePanicked           INTERNAL             DataFusion panicked; the worker goes on
-    ├── UpstreamFailed           the upstream's       a worker that this one reads from failed, or is not there
+    ├── UpstreamFailed           INTERNAL             or its own status: a worker that this one reads from failed
     ├── QueryEnded               CANCELLED            the coordinator ended the query
     ├── PlanNotSet               DEADLINE_EXCEEDED    no coordinator sent the plan of a task that was asked for
     ├── SessionBuilderFailed     INTERNAL             the session builder raised what is not below
@@ -85,7 +85,7 @@ class EnginePanicked(WorkerError):
 class UpstreamFailed(WorkerError):
     """A worker that this one reads from answered with an error, which is passed on as it is."""
 
-    def __init__(self, text: str, status: grpc.StatusCode, details: bytes = b"") -> None:
+    def __init__(self, text: str, status: grpc.StatusCode = grpc.StatusCode.INTERNAL, details: bytes = b"") -> None:
         """
         Args:
             text: what the upstream said.
@@ -101,9 +101,6 @@ class QueryEnded(WorkerError):
     """The coordinator has ended the query, while somebody was reading its tasks."""
 
     status = grpc.StatusCode.CANCELLED
-
-    def __init__(self) -> None:
-        super().__init__("the coordinator ended the query")
 
 
 class PlanNotSet(WorkerError):

@@ -128,7 +128,7 @@ class Servicer:
         except WorkerError as error:
             if isinstance(error, SessionBuilderFailed):
                 logger.error("request failed: %s", error, exc_info=error)
-            elif error.status is grpc.StatusCode.INTERNAL and not isinstance(error, UpstreamFailed):
+            elif error.status is grpc.StatusCode.INTERNAL:
                 logger.error("request failed: %s", error.__cause__ or error)
             _fail(context, error.status, _details(str(error)))
             if isinstance(error, UpstreamFailed) and error.details:

@@ -172,7 +172,8 @@ class SessionStateBuilder:
         Where ``build`` did not make it, or was told otherwise, it is given what executing one partition needs. That
         blocks for 0.1 ms, as long as to build it.
         """
-        if self._finished != (session, self._python_udf_inlining):
+        finished, self._finished = self._finished, None
+        if finished != (session, self._python_udf_inlining):
             apply_partition_wise_options(session)
             session = session.with_python_udf_inlining(enabled=self._python_udf_inlining)
         return session

@@ -99,7 +99,7 @@ class Replay:
         """Lets go of everything, to be called when nobody will read on; who does gets an error."""
         self._messages.clear()
         # Its traceback leads back here.
-        self._error = QueryEnded()
+        self._error = QueryEnded("the coordinator ended the query")
         self._ended = True
         self._wake()
 

@@ -124,7 +124,7 @@ class ClusterTask:
         except (asyncio.CancelledError, Unavailable) as error:
             if not self._closed or is_cancellation(error):
                 raise
-            raise QueryEnded() from None
+            raise QueryEnded("the coordinator ended the query") from None
 
     async def schema(self) -> Message:
         """The schema's message, of a task without rows.
@@ -285,7 +285,7 @@ class ClusterTask:
     async def _has(self, running: "asyncio.Future[T] | None") -> T:
         """What comes of something that the task does, which goes on if who waits for it goes away."""
         if running is None:
-            raise QueryEnded()
+            raise QueryEnded("the coordinator ended the query")
         try:
             return await asyncio.shield(running)
         finally:

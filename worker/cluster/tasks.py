@@ -55,7 +55,7 @@ class ClusterTasks:
         except BaseException as error:
             entry.has_failed = True
             # Not the error itself: the session is in the frames that its traceback names.
-            told = error if isinstance(error, WorkerError) else QueryEnded()
+            told = error if isinstance(error, WorkerError) else QueryEnded("the coordinator ended the query")
             entry.set.set_exception(UpstreamFailed(str(told), told.status))
             entry.set.exception()
             del told
