@@ -24,7 +24,7 @@ _PANIC_ELSEWHERE = re.compile(r"panicked with message|JoinError::Panic\(")
 _PYTHON_ERROR = re.compile(
     r'PyErr \{ type: .+?, value: (.+?), traceback: (?:None|Some\("(?:[^"\\]|\\.)*"\)) \}', re.DOTALL
 )
-# How many rows a filter puts together, where the plan does not say (``FILTER_EXEC_DEFAULT_BATCH_SIZE`` in DataFusion 55).
+# How many rows a filter puts together, where the plan does not say (DataFusion's ``FILTER_EXEC_DEFAULT_BATCH_SIZE``).
 _FILTER_BATCH_SIZE = 8192
 _SINK_SCHEMA = pa.schema([pa.field("count", pa.uint64(), nullable=False)])
 
@@ -137,6 +137,13 @@ def decode(session: SessionContext, plan: bytes) -> ExecutionPlan:
                 f"the session has no object store for {missing[1]!r}: register it in the session builder"
             ) from error
         raise InvalidPlan(f"the plan does not decode (this worker takes plans of DataFusion 55): {text}") from error
+
+
+def walk(instance: ExecutionPlan) -> Iterator[ExecutionPlan]:
+    """All nodes of an instance, parents before their children."""
+    yield instance
+    for child in instance.children():
+        yield from walk(child)
 
 
 def schema_of(session: SessionContext, plan: bytes) -> pa.Schema:
