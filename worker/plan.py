@@ -53,13 +53,14 @@ class ParsedPlan:
     has_extensions: bool
     """Whether it has nodes that only a codec knows."""
     is_old: bool
-    """Whether DataFusion 51 has made it. Its scans are upgraded already, ``upgrade_filters`` does the rest."""
+    """Whether DataFusion 51 has made it. All but its filters is upgraded already; ``upgrade_filters`` does those."""
 
 
 def parse(plan: bytes) -> ParsedPlan:
-    """The plan as protobuf. What a scan of DataFusion 51 reads is put where DataFusion 55 looks for it.
+    """The plan as protobuf. What DataFusion 51 said in another way is said as DataFusion 55 expects it.
 
-    Until 51, the columns stood in a field that is not looked at any more, so that all of them would be read.
+    The columns that a scan reads stood in a field that is not looked at any more, so that all of them would be read;
+    and grouping sets were told from plain groups by what they have.
 
     Raises:
         InvalidPlan: the bytes are no plan, or a scan reads a column that its table does not have.
@@ -72,6 +73,10 @@ def parse(plan: bytes) -> ParsedPlan:
             has_extensions = True
         elif kind == "filter":
             is_old = is_old or not node.filter.batch_size
+        elif kind == "aggregate":
+            # Grouping sets alone have these, which used to tell.
+            if node.aggregate.null_expr and not node.aggregate.has_grouping_set:
+                node.aggregate.has_grouping_set = is_old = True
         elif kind in _FILE_SCANS:
             scan = getattr(node, kind).base_conf
             # Sources of DataFusion 55 always say what they read.
