@@ -195,12 +195,13 @@ class Rewriter:
                 end, leaves = len(origins), len(self._rewritten.leaves)
                 self.rewrite(empty, Place(0, 1))
                 del origins[end:], self._rewritten.leaves[leaves:]
-            plan.empty_leaves(empty)
-            each = self._count_partitions(empty)
-            while partitions < union.partition_count:
-                node.union.inputs.add().CopyFrom(empty)
-                origins += [Origin.ADDED] * sum(1 for _ in plan_proto.nodes(empty))
-                partitions += each
+            # One without rows, repartitioned: what is missing may be no multiple of what an input has.
+            nothing = node.union.inputs.add()
+            nothing.repartition.partitioning.round_robin = union.partition_count - partitions
+            nothing.repartition.input.merge.input.CopyFrom(empty)
+            nothing.repartition.input.merge.fetch = 0
+            plan.empty_leaves(nothing)
+            origins += [Origin.ADDED] * sum(1 for _ in plan_proto.nodes(nothing))
         if len(node.union.inputs) > 1:
             origins.insert(start, Origin.KEPT)
         else:
