@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datafusion import SessionConfig, SessionContext
-from support import Header, fetch, fetch_one, stage_key, status, stub, until
+from support import Header, as_of_51, fetch, fetch_one, stage_key, status, stub, until
 
 from worker import InvalidPlan, PermissionDenied, Settings, WorkerQueryContext, plan_proto
 from worker.cluster import flight_rewrite
@@ -48,8 +48,10 @@ async def _two(**settings: object) -> AsyncIterator[tuple[RunningWorker, Running
         yield one, other
 
 
-def _planned(session: SessionContext, query: str) -> Message:
-    return plan_proto.parse(session.sql(query).execution_plan().to_bytes())
+def _planned(session: SessionContext, query: str, *, is_old: bool = False) -> Message:
+    """The plan of a query, as DataFusion 51 writes it if it is to be old."""
+    plan = session.sql(query).execution_plan().to_bytes()
+    return as_of_51(session, plan) if is_old else plan_proto.parse(plan)
 
 
 def _find(plan: Message, kind: str) -> Message:
@@ -107,9 +109,15 @@ def _ticket(
     ).SerializeToString()
 
 
-def _sums(session: SessionContext, urls: Sequence[str], query: uuid.UUID | None = None, each: int = 3) -> Message:
-    """The plan of ``SUMS`` in three stages of two tasks, two tasks, and one."""
-    final = _planned(session, SUMS)
+def _sums(
+    session: SessionContext,
+    urls: Sequence[str],
+    query: uuid.UUID | None = None,
+    each: int = 3,
+    final: Message | None = None,
+) -> Message:
+    """The plan of ``SUMS`` or another such query in three stages of two tasks, two tasks, and one."""
+    final = final or _planned(session, SUMS)
     exchange = _find(final, "repartition")
     below = PhysicalPlanNode()
     below.CopyFrom(exchange)
@@ -148,6 +156,15 @@ async def test_stages_read_each_other(session: SessionContext) -> None:
         assert _rows(table) == _rows(session.sql(SUMS).to_arrow_table())
         assert table.schema == session.sql(SUMS).to_arrow_table().schema
         await until(lambda: one.worker.statistics().tasks == other.worker.statistics().tasks == 0)
+
+
+async def test_stages_that_datafusion_51_has_planned(session: SessionContext) -> None:
+    query = "SELECT k, sum(v) AS s, count(*) AS n FROM t WHERE v % 3 > 0 AND k > '2' GROUP BY k HAVING sum(v) > 10"
+    final = _planned(session, query, is_old=True)
+    assert [node.filter.batch_size for node in plan_proto.nodes(final) if plan_proto.kind(node) == "filter"] == [0, 0]
+    async with _two() as (one, other):
+        table = await fetch_one(one, _ticket(_sums(session, [_url(one), _url(other)], final=final), count=1))
+    assert _rows(table) == _rows(session.sql(query).to_arrow_table()) != []
 
 
 @pytest.mark.parametrize("each", [1, 2, 16])
@@ -326,8 +343,7 @@ async def test_a_task_that_would_lose_partitions_is_refused(session: SessionCont
     assert text == "a partition_isolator for 2 tasks has 3 partitions, and task 0 of 1 has 5 of its input's 5"
 
 
-def _union(session: SessionContext, queries: Sequence[str], tasks: Sequence[Sequence[tuple[int, int, int]]]) -> Message:
-    children = [_planned(session, query) for query in queries]
+def _union(children: Sequence[Message], tasks: Sequence[Sequence[tuple[int, int, int]]]) -> Message:
     counts = {index: count for task in tasks for index, _, count in task}
     inputs = [_isolated(child, counts[index]) if counts[index] > 1 else child for index, child in enumerate(children)]
     partitions = [-(-FILES // counts[index]) for index in range(len(children))]
@@ -350,14 +366,15 @@ def _union(session: SessionContext, queries: Sequence[str], tasks: Sequence[Sequ
         [[(0, 0, 3)], [(0, 1, 3)], [(0, 2, 3), (1, 0, 2)], [(1, 1, 2), (2, 0, 1)]],
     ],
 )
+@pytest.mark.parametrize("is_old", [False, True])
 async def test_a_union_of_inputs_that_are_each_some_tasks(
-    session: SessionContext, tasks: list[list[tuple[int, int, int]]]
+    session: SessionContext, tasks: list[list[tuple[int, int, int]]], is_old: bool
 ) -> None:
-    queries = ["SELECT k, v FROM t", "SELECT k, v FROM t WHERE v < 100", "SELECT k, v + 1 AS v FROM t"]
+    queries = ["SELECT k, v FROM t", "SELECT k, v FROM t WHERE v < 100", "SELECT k, v FROM t WHERE k > '3'"]
     whole = " UNION ALL ".join(queries)
     query = uuid.uuid4()
     async with _two() as (one, other):
-        union = _union(session, queries, tasks)
+        union = _union([_planned(session, each, is_old=is_old) for each in queries], tasks)
         nodes_of_all = sum(1 for _ in plan_proto.nodes(union))
         urls = [_url(worker) for worker, _ in zip([one, other] * 2, tasks, strict=False)]
         partitions = nodes_pb2.Node.FromString(

@@ -20,7 +20,7 @@ from datafusion import (
     udf,
     udwf,
 )
-from support import RowNumber, Sum, Touch
+from support import RowNumber, Sum, Touch, as_of_51
 
 from worker import EnginePanicked, ExecutionFailed, InvalidPlan, ResourcesExhausted
 from worker import plan as plan_module
@@ -33,7 +33,7 @@ from worker.plan import (
     upgrade_filters,
     without_python_udfs,
 )
-from worker.plan_proto import Message, kind, nodes, parse
+from worker.plan_proto import kind, nodes, parse
 
 INT = pa.int64()
 
@@ -488,23 +488,6 @@ def _sorted(batches: list[pa.RecordBatch]) -> list[str]:
     return sorted(str(row) for batch in batches for row in batch.to_pylist())
 
 
-def _as_of_51(session: SessionContext, plan: bytes) -> Message:
-    """A plan as DataFusion 51 writes it: scans read columns by number, and a filter without projection keeps all."""
-    message = parse(plan)
-    for node in nodes(message):
-        if kind(node) == "parquet_scan":
-            scan = node.parquet_scan.base_conf
-            scan.projection.extend(each.expr.column.index for each in scan.projection_exprs.projections)
-            scan.ClearField("projection_exprs")
-        elif kind(node) == "filter":
-            node.filter.ClearField("batch_size")
-            if len(node.filter.projection) == len(schema_of(session, node.filter.input.SerializeToString())):
-                node.filter.ClearField("projection")
-        elif kind(node) == "aggregate":
-            node.aggregate.ClearField("has_grouping_set")
-    return message
-
-
 @pytest.fixture
 def parquet(tmp_path: Path) -> SessionContext:
     """A session with a table ``t``."""
@@ -530,12 +513,13 @@ def parquet(tmp_path: Path) -> SessionContext:
 )
 def test_scans_and_filters_of_datafusion_51_mean_what_they_meant(parquet: SessionContext, query: str) -> None:
     planned = parquet.sql(query).execution_plan()
-    old = _as_of_51(parquet, planned.to_bytes())
+    old = as_of_51(parquet, planned.to_bytes())
 
     parsed = plan_module.parse(old.SerializeToString())
     upgrade_filters(parquet, parsed.message)
 
     assert parsed.is_old
+    assert {node.filter.batch_size for node in nodes(parsed.message) if kind(node) == "filter"} <= {8192}
     upgraded = decode(parquet, parsed.message.SerializeToString())
     assert _sorted(_rows(parquet, upgraded)) == _sorted(_rows(parquet, planned)) != []
 
@@ -548,7 +532,7 @@ def test_a_plan_of_datafusion_55_is_not_changed(parquet: SessionContext) -> None
 
 
 def test_a_scan_of_a_column_that_its_table_lacks_is_refused(parquet: SessionContext) -> None:
-    message = _as_of_51(parquet, parquet.sql("SELECT b FROM t").execution_plan().to_bytes())
+    message = as_of_51(parquet, parquet.sql("SELECT b FROM t").execution_plan().to_bytes())
     message.parquet_scan.base_conf.projection[:] = [3]
     with pytest.raises(InvalidPlan, match="parquet_scan reads column 3 of 3"):
         plan_module.parse(message.SerializeToString())

@@ -23,6 +23,7 @@ from worker.config import MEBIBYTE
 from worker.errors import InvalidRequest
 from worker.headers import Headers
 from worker.plan_proto import Message as PlanMessage
+from worker.plan_proto import PhysicalPlanNode
 from worker.proto import Flight_pb2, plan_pb2, worker_pb2
 from worker.tasks import Input, Rewrite, Task, Tasks
 from worker.ticket import PlanTicket, StageKey
@@ -96,7 +97,10 @@ class FlightInput:
         except BaseException:
             await self.close()
             raise
-        return self.rewritten.plan
+        # A copy, which may be changed: the leaves are parts of the other.
+        fed: PlanMessage = PhysicalPlanNode()
+        fed.CopyFrom(self.rewritten.plan)
+        return fed
 
     async def close(self) -> None:
         """Deletes what was fetched."""
