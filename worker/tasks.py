@@ -174,6 +174,14 @@ class Task:
             return list(plan.walk(decoded.instance))
         return list(counterparts(plan.decode(self._session, decoded.before), decoded.instance))
 
+    async def close(self) -> None:
+        """Ends a task with an input, and lets go of everything: errors keep frames that have this."""
+        if self.input is not None:
+            self._unasked.clear()
+            plan_input, self.input = self.input, None
+            del self._session, self._decoded
+            await plan_input.close()
+
     async def _complete(self, missing: Input, partition: int) -> None:
         """Waits for the input, which is fetched for as long as somebody waits for it."""
         if self._completing is None:
@@ -368,7 +376,7 @@ class Tasks:
     async def close(self) -> None:
         """Ends everything. Streams that are still open, and requests that come now, end with ``Unavailable``."""
         self._closed = True
-        inputs = [entry.task.input for entry in self._entries.values() if entry.task and entry.task.input]
+        tasks = [entry.task for entry in self._entries.values() if entry.task is not None]
         for entry in list(self._entries.values()):
             self._forget(entry)
         for stream in self._streams:
@@ -377,8 +385,8 @@ class Tasks:
             for running in self._background:
                 running.cancel()
             await asyncio.gather(*self._background, return_exceptions=True)
-        for plan_input in inputs:
-            await plan_input.close()
+        for task in tasks:
+            await task.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._read_threads.close()
 
@@ -444,8 +452,8 @@ class Tasks:
     def _forget(self, entry: "_Entry") -> None:
         if self._entries.get(entry.key) is entry:
             del self._entries[entry.key]
-            if entry.task is not None and entry.task.input is not None and not self._closed:
-                self.in_background(entry.task.input.close())
+            if (task := entry.task) is not None and task.input is not None and not self._closed:
+                self.in_background(task.close())
         entry.stop_idling()
 
     def _forget_if_failed(self, entry: "_Entry") -> None:

@@ -95,7 +95,8 @@ class FlightInput:
                 self._fetch_leaf(leaf, store, str(number)) for number, leaf in enumerate(self.rewritten.leaves)
             )
         except BaseException:
-            await self.close()
+            self._store = None
+            await store.close()
             raise
         # A copy, which may be changed: the leaves are parts of the other.
         fed: PlanMessage = PhysicalPlanNode()
@@ -103,10 +104,10 @@ class FlightInput:
         return fed
 
     async def close(self) -> None:
-        """Deletes what was fetched."""
-        store, self._store = self._store, None
-        if store is not None and store.folder.exists():
-            await asyncio.to_thread(store.delete)
+        """Deletes what was fetched, and lets go of the session: errors keep frames that have this."""
+        if self._store is not None:
+            await self._store.close()
+        del self._session
 
     async def _fetch_leaf(self, leaf: Leaf, store: Store, name: str) -> None:
         intake = Intake(leaf.schema, leaf.partitions, store, name, self._exchange.tasks, HELD_BYTES)
