@@ -59,7 +59,7 @@ def _life(ticket: bytes) -> dict[str, float]:
     session = SessionStateBuilder().build()
     lap("session")
     plan_bytes = plan.without_python_udfs(request.plan)
-    message = plan.parse(plan_bytes)
+    message = plan.parse(plan_bytes).message
     if make_partitions_independent(session, message):
         plan_bytes = message.SerializeToString()
     lap("check")

@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 import grpc
 import pyarrow as pa
 import pyarrow.compute as pc
+from datafusion import SessionContext
 from datafusion.user_defined import Accumulator, WindowEvaluator
 from pyarrow import flight
 
+from worker import plan, plan_proto
 from worker.message import Message
 from worker.proto import Flight_pb2, Flight_pb2_grpc, plan_pb2
 from worker.testing import RunningWorker
@@ -113,6 +115,25 @@ def read_messages(messages: Iterable[Message]) -> pa.Table:
         table = reader.read_all()
     table.validate(full=True)
     return table
+
+
+def as_of_51(session: SessionContext, plan_bytes: bytes) -> plan_proto.Message:
+    """A plan as DataFusion 51 writes it: scans read columns by number, and a filter without projection keeps all."""
+    message = plan_proto.parse(plan_bytes)
+    for node in plan_proto.nodes(message):
+        if plan_proto.kind(node) == "parquet_scan":
+            scan = node.parquet_scan.base_conf
+            scan.projection.extend(each.expr.column.index for each in scan.projection_exprs.projections)
+            assert all(each.expr.HasField("column") for each in scan.projection_exprs.projections)
+            scan.ClearField("projection_exprs")
+        elif plan_proto.kind(node) == "filter":
+            node.filter.ClearField("batch_size")
+            columns = len(plan.schema_of(session, node.filter.input.SerializeToString()))
+            if list(node.filter.projection) == list(range(columns)):
+                node.filter.ClearField("projection")
+        elif plan_proto.kind(node) == "aggregate":
+            node.aggregate.ClearField("has_grouping_set")
+    return message
 
 
 class Touch:

@@ -20,11 +20,19 @@ from datafusion import (
     udf,
     udwf,
 )
-from support import RowNumber, Sum, Touch
+from support import RowNumber, Sum, Touch, as_of_51
 
 from worker import EnginePanicked, ExecutionFailed, InvalidPlan, ResourcesExhausted
 from worker import plan as plan_module
-from worker.plan import PYTHON_UDF_PREFIX, decode, execution_errors, is_panic, schema_of, without_python_udfs
+from worker.plan import (
+    PYTHON_UDF_PREFIX,
+    decode,
+    execution_errors,
+    is_panic,
+    schema_of,
+    upgrade_filters,
+    without_python_udfs,
+)
 from worker.plan_proto import kind, nodes, parse
 
 INT = pa.int64()
@@ -476,14 +484,55 @@ def test_ordinary_errors_are_no_panics() -> None:
     assert not is_panic(KeyboardInterrupt())
 
 
-def test_a_scan_of_an_older_datafusion_is_refused_instead_of_reading_other_columns(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"a": [1], "b": [2]}), tmp_path / "t.parquet")
-    session = SessionContext()
-    session.register_parquet("t", tmp_path / "t.parquet")
-    message = parse(session.sql("SELECT b FROM t").execution_plan().to_bytes())
-    (scan,) = (node.parquet_scan.base_conf for node in nodes(message) if kind(node) == "parquet_scan")
-    scan.ClearField("projection_exprs")
-    scan.projection.append(1)
+def _sorted(batches: list[pa.RecordBatch]) -> list[str]:
+    return sorted(str(row) for batch in batches for row in batch.to_pylist())
 
-    with pytest.raises(InvalidPlan, match="parquet_scan is of an older DataFusion"):
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> SessionContext:
+    """A session with a table ``t``."""
+    rows = {"a": [1, 2, 3], "b": [10, 20, 30], "c": ["x", "y", "z"]}
+    pq.write_table(pa.table(rows), tmp_path / "t.parquet")
+    session = SessionContext(SessionConfig().with_target_partitions(1))
+    session.register_parquet("t", tmp_path / "t.parquet")
+    return session
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT b FROM t",
+        "SELECT c, a FROM t",
+        "SELECT * FROM t",
+        "SELECT c FROM t WHERE c > 'x'",
+        "SELECT count(*) FROM t WHERE a > 1",
+        "SELECT c, b, sum(a) FROM t GROUP BY ROLLUP (c, b)",
+        "SELECT a, b FROM (SELECT * FROM t WHERE b > 10 LIMIT 5) WHERE a < 3",
+        "SELECT l.c, r.b FROM t AS l JOIN t AS r ON l.a = r.b / 10 WHERE l.c > 'x' AND r.b < 100",
+    ],
+)
+def test_scans_and_filters_of_datafusion_51_mean_what_they_meant(parquet: SessionContext, query: str) -> None:
+    planned = parquet.sql(query).execution_plan()
+    old = as_of_51(parquet, planned.to_bytes())
+
+    parsed = plan_module.parse(old.SerializeToString())
+    upgrade_filters(parquet, parsed.message)
+
+    assert parsed.is_old
+    assert {node.filter.batch_size for node in nodes(parsed.message) if kind(node) == "filter"} <= {8192}
+    upgraded = decode(parquet, parsed.message.SerializeToString())
+    assert _sorted(_rows(parquet, upgraded)) == _sorted(_rows(parquet, planned)) != []
+
+
+def test_a_plan_of_datafusion_55_is_not_changed(parquet: SessionContext) -> None:
+    plan = parquet.sql("SELECT b FROM t WHERE c > 'x'").execution_plan().to_bytes()
+    parsed = plan_module.parse(plan)
+    assert not parsed.is_old
+    assert parsed.message == parse(plan)
+
+
+def test_a_scan_of_a_column_that_its_table_lacks_is_refused(parquet: SessionContext) -> None:
+    message = as_of_51(parquet, parquet.sql("SELECT b FROM t").execution_plan().to_bytes())
+    message.parquet_scan.base_conf.projection[:] = [3]
+    with pytest.raises(InvalidPlan, match="parquet_scan reads column 3 of 3"):
         plan_module.parse(message.SerializeToString())

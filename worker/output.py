@@ -27,7 +27,7 @@ def compression(headers: Headers) -> Compression | None:
         InvalidHeader: it says something else.
     """
     known: tuple[Compression, ...] = get_args(Compression)
-    return _one_of(dict(zip(known, known, strict=True)), headers, COMPRESSION, ", ".join(known))
+    return one_of(dict(zip(known, known, strict=True)), headers, COMPRESSION, ", ".join(known))
 
 
 def expand_views(headers: Headers) -> bool | None:
@@ -36,10 +36,15 @@ def expand_views(headers: Headers) -> bool | None:
     Raises:
         InvalidHeader: it says something else.
     """
-    return _one_of({"true": True, "false": False}, headers, EXPAND_VIEWS, "true or false")
+    return one_of({"true": True, "false": False}, headers, EXPAND_VIEWS, "true or false")
 
 
-def _one_of(known: Mapping[str, T], headers: Headers, name: str, right: str) -> T | None:
+def one_of(known: Mapping[str, T], headers: Headers, name: str, right: str) -> T | None:
+    """What a header that has few values means; None where it is not there.
+
+    Raises:
+        InvalidHeader: it has another value, which the text says next to the ``right`` ones.
+    """
     value = headers.get(name)
     if value is None:
         return None

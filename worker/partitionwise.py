@@ -9,7 +9,7 @@ function of the plan and the data alone.
 
 from collections.abc import Iterator
 
-from datafusion import SessionContext
+from datafusion import ExecutionPlan, SessionContext
 
 from worker import plan, plan_proto
 from worker.plan_proto import Message, PhysicalPlanNode
@@ -36,6 +36,24 @@ def make_partitions_independent(session: SessionContext, message: Message) -> bo
     for join, subqueries in joins:
         _separate(session, join, subqueries)
     return bool(joins)
+
+
+def counterparts(before: ExecutionPlan, after: ExecutionPlan) -> Iterator[ExecutionPlan | None]:
+    """For each node of a plan, parents first, the node that it is in the plan that was made of it here.
+
+    Nodes are only added, and copies stand behind what they are of: so it is the next one of the same kind.
+    """
+    nodes = list(plan.walk(after))
+    place = 0
+    for node in plan.walk(before):
+        kind = _kind(node)
+        found = next((index for index in range(place, len(nodes)) if _kind(nodes[index]) == kind), None)
+        yield None if found is None else nodes[found]
+        place = place if found is None else found + 1
+
+
+def _kind(node: ExecutionPlan) -> str:
+    return node.display().partition(":")[0]
 
 
 def _joins_over_partitions(

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pyarrow as pa
 from datafusion import ExecutionPlan, SessionContext
@@ -23,6 +24,8 @@ _PANIC_ELSEWHERE = re.compile(r"panicked with message|JoinError::Panic\(")
 _PYTHON_ERROR = re.compile(
     r'PyErr \{ type: .+?, value: (.+?), traceback: (?:None|Some\("(?:[^"\\]|\\.)*"\)) \}', re.DOTALL
 )
+# How many rows a filter puts together, where the plan does not say (DataFusion's ``FILTER_EXEC_DEFAULT_BATCH_SIZE``).
+_FILTER_BATCH_SIZE = 8192
 _SINK_SCHEMA = pa.schema([pa.field("count", pa.uint64(), nullable=False)])
 
 
@@ -42,23 +45,74 @@ def without_python_udfs(plan: bytes) -> bytes:
     return stripped
 
 
-def parse(plan: bytes) -> plan_proto.Message:
-    """The plan as protobuf, if it is one that DataFusion 55 reads as it was meant.
+@dataclass(frozen=True, slots=True)
+class ParsedPlan:
+    """A plan as protobuf, and what a walk through it has found."""
+
+    message: plan_proto.Message
+    has_extensions: bool
+    """Whether it has nodes that only a codec knows."""
+    is_old: bool
+    """Whether DataFusion 51 has made it. All but its filters is upgraded already; ``upgrade_filters`` does those."""
+
+
+def parse(plan: bytes) -> ParsedPlan:
+    """The plan as protobuf. What DataFusion 51 said in another way is said as DataFusion 55 expects it.
+
+    The columns that a scan reads stood in a field that is not looked at any more, so that all of them would be read;
+    and grouping sets were told from plain groups by what they have.
 
     Raises:
-        InvalidPlan: the bytes are no plan, or one of an older DataFusion: until 51, the columns that a scan reads stood
-            in a field that is not looked at any more, so that it would read all of them.
+        InvalidPlan: the bytes are no plan, or a scan reads a column that its table does not have.
     """
     message = plan_proto.parse(plan)
+    has_extensions = is_old = False
     for node in plan_proto.nodes(message):
         kind = plan_proto.kind(node)
-        if kind in _FILE_SCANS:
+        if kind == "extension":
+            has_extensions = True
+        elif kind == "filter":
+            is_old = is_old or not node.filter.batch_size
+        elif kind == "aggregate":
+            # Grouping sets alone have these, which used to tell.
+            if node.aggregate.null_expr and not node.aggregate.has_grouping_set:
+                node.aggregate.has_grouping_set = is_old = True
+        elif kind in _FILE_SCANS:
             scan = getattr(node, kind).base_conf
-            if scan.projection and not scan.HasField("projection_exprs"):
-                raise InvalidPlan(
-                    f"the plan's {kind} is of an older DataFusion: this worker takes plans of DataFusion 55"
-                )
-    return message
+            # Sources of DataFusion 55 always say what they read.
+            if not scan.HasField("projection_exprs"):
+                is_old = True
+                _upgrade_scan(kind, scan)
+    return ParsedPlan(message, has_extensions, is_old)
+
+
+def _upgrade_scan(kind: str, scan: plan_proto.Message) -> None:
+    scan.projection_exprs.SetInParent()
+    for index in scan.projection:
+        if index >= len(scan.schema.columns):
+            raise InvalidPlan(f"the plan's {kind} reads column {index} of {len(scan.schema.columns)}")
+        projected = scan.projection_exprs.projections.add()
+        projected.alias = projected.expr.column.name = scan.schema.columns[index].name
+        projected.expr.column.index = index
+
+
+def upgrade_filters(session: SessionContext, message: plan_proto.Message) -> None:
+    """Makes filters of DataFusion 51 say which columns they keep: nothing meant all there, and means none in 55.
+
+    Only DataFusion knows how many its input has: that takes about 1 ms for each.
+
+    Raises:
+        InvalidPlan, EnginePanicked, ExecutionFailed: as ``schema_of``.
+    """
+    # The innermost first: another's input may be a filter.
+    for node in reversed(list(plan_proto.nodes(message))):
+        if plan_proto.kind(node) == "filter" and not node.filter.batch_size:
+            if not node.filter.projection:
+                source = plan_proto.PhysicalPlanNode()
+                source.CopyFrom(node.filter.input)
+                empty_leaves(source)
+                node.filter.projection.extend(range(len(_nullable_schema(session, source))))
+            node.filter.batch_size = _FILTER_BATCH_SIZE
 
 
 def decode(session: SessionContext, plan: bytes) -> ExecutionPlan:
@@ -90,6 +144,13 @@ def decode(session: SessionContext, plan: bytes) -> ExecutionPlan:
         raise InvalidPlan(f"the plan does not decode (this worker takes plans of DataFusion 55): {text}") from error
 
 
+def walk(instance: ExecutionPlan) -> Iterator[ExecutionPlan]:
+    """All nodes of an instance, parents before their children."""
+    yield instance
+    for child in instance.children():
+        yield from walk(child)
+
+
 def schema_of(session: SessionContext, plan: bytes) -> pa.Schema:
     """The exact schema of a plan, without running it. Blocks for 1 to 3 ms.
 
@@ -112,16 +173,7 @@ def schema_of(session: SessionContext, plan: bytes) -> pa.Schema:
     message = plan_proto.parse(plan)
     empty_leaves(message)
 
-    joined = plan_proto.PhysicalPlanNode()
-    joined.nested_loop_join.join_type = plan_proto.JOIN_TYPES["LEFT"]
-    row = joined.nested_loop_join.left.placeholder_row
-    row.schema.SetInParent()
-    row.partitions = 1
-    none = joined.nested_loop_join.right.merge
-    none.input.CopyFrom(message)
-    none.fetch = 0
-    nullable = _schema_of_partition(session, joined, 0)
-
+    nullable = _nullable_schema(session, message)
     if not nullable.names:
         return nullable
     # A table's names must differ, a plan's need not.
@@ -215,6 +267,19 @@ def _empty_scan(schema: pa.Schema) -> plan_proto.Message:
     """A ``MemoryScan`` of one batch without rows."""
     batch = pa.RecordBatch.from_arrays([pa.nulls(0, field.type) for field in schema], schema=schema)
     return plan_proto.parse(SessionContext().create_dataframe([[batch]]).execution_plan().to_bytes())
+
+
+def _nullable_schema(session: SessionContext, message: plan_proto.Message) -> pa.Schema:
+    """The schema of a plan whose leaves are empty, with every field nullable."""
+    joined = plan_proto.PhysicalPlanNode()
+    joined.nested_loop_join.join_type = plan_proto.JOIN_TYPES["LEFT"]
+    row = joined.nested_loop_join.left.placeholder_row
+    row.schema.SetInParent()
+    row.partitions = 1
+    none = joined.nested_loop_join.right.merge
+    none.input.CopyFrom(message)
+    none.fetch = 0
+    return _schema_of_partition(session, joined, 0)
 
 
 def _schema_of_partition(session: SessionContext, plan: plan_proto.Message, partition: int) -> pa.Schema:

@@ -9,14 +9,17 @@ import grpc
 import pyarrow as pa
 
 from worker import flight_data, output
+from worker.cluster import flight
 from worker.cluster.observability import ObservabilityServicer
-from worker.config import Settings
+from worker.config import Compression, Settings
 from worker.encode import Encoder, plain_schema
 from worker.errors import InvalidTicket, ResponseTooLarge
 from worker.message import Message
 from worker.proto import Flight_pb2, Flight_pb2_grpc
 from worker.servicer import Context
-from worker.session import WorkerQueryContext
+from worker.session import SessionBuilderLike, WorkerQueryContext
+from worker.stream import PartitionStream
+from worker.tasks import Task
 from worker.ticket import PlanTicket, StageKey
 
 # What a request or an answer has beside its ticket: descriptors, field tags. gRPC counts it in its limit.
@@ -32,49 +35,76 @@ class Worker(ObservabilityServicer, Flight_pb2_grpc.FlightServiceServicer):
     with ``close`` (or ``async with``) after the server has stopped.
     """
 
+    def __init__(self, session_builder: SessionBuilderLike | None = None, *, settings: Settings | None = None) -> None:
+        super().__init__(session_builder, settings=settings)
+        self._exchange = flight.Exchange(self._channels, self._folder, self._tasks)
+
     async def DoGet(self, request: Flight_pb2.Ticket, context: Context) -> AsyncIterator[Flight_pb2.FlightData]:
         """The record batches of one partition of the ticket's plan, its schema first."""
         async with aclosing(self._stream(request, context)) as messages:
-            async for header, body in messages:
-                yield Flight_pb2.FlightData(data_header=header, data_body=b"".join(body))
+            async for (header, body), metadata in messages:
+                yield Flight_pb2.FlightData(data_header=header, app_metadata=metadata, data_body=b"".join(body))
 
     async def _do_get_bytes(self, request: Flight_pb2.Ticket, context: Context) -> None:
         """``DoGet`` for a handler without serializer: writes ``FlightData`` messages that are serialized already."""
         async with aclosing(self._stream(request, context)) as messages:
-            async for message in messages:
+            async for message, metadata in messages:
                 try:
-                    await context.write(flight_data.serialize(message))
+                    await context.write(flight_data.serialize(message, metadata))
                 except grpc.aio.InternalError:
                     # The caller has gone: the RPC is cancelled, its handler not yet.
                     return
 
-    async def _stream(self, request: Flight_pb2.Ticket, context: Context) -> AsyncGenerator[Message, None]:
-        """A request's life."""
+    async def _stream(
+        self, request: Flight_pb2.Ticket, context: Context
+    ) -> AsyncGenerator[tuple[Message, bytes], None]:
+        """A request's life: messages, each with its ``app_metadata``."""
         async with self._answering(context):
             ticket = PlanTicket.from_bytes(request.ticket)
             query = self._query_of(ticket, context)
             compression = output.compression(query.headers) or self._settings.compression
             expand_views = output.expand_views(query.headers)
+            collects_metrics = ticket.stage_key is not None and flight.collects_metrics(query.headers)
             session = await self._session_builder.build_session_state(query)
-            inlining = query.builder.python_udf_inlining
-            async with self._tasks.partition(ticket, query.principal, session, python_udf_inlining=inlining) as (
-                task,
-                batches,
-            ):
-                group = await batches.read()
-                encoder = Encoder(
-                    group[0].schema if group else await task.schema(),
-                    self._settings.max_message_size,
-                    compression=compression,
-                    expand_views=query.builder.expands_views if expand_views is None else expand_views,
-                )
-                yield self._count(encoder.schema())
-                while group:
-                    async with aclosing(self._tasks.messages(encoder, group)) as messages:
-                        async for message in messages:
-                            yield self._count(message)
-                    self._rows_sent += sum(batch.num_rows for batch in group)
-                    group = await batches.read()
+            async with self._tasks.partition(
+                ticket,
+                query.principal,
+                session,
+                python_udf_inlining=query.builder.python_udf_inlining,
+                rewrite=self._exchange.rewrite(ticket, query.headers),
+            ) as (task, batches):
+                expands_views = query.builder.expands_views if expand_views is None else expand_views
+                held: Message | None = None
+                async with aclosing(self._encoded(task, batches, compression, expands_views)) as messages:
+                    async for message in messages:
+                        if not collects_metrics:
+                            yield message, b""
+                            continue
+                        # The last one is to have the figures, and only the end tells which that is.
+                        if held is not None:
+                            yield held, b""
+                        held = message
+                is_last = task.end(ticket.partition)
+                if held is not None and ticket.stage_key is not None:
+                    metadata = b""
+                    if is_last:
+                        metadata = await self._tasks.in_thread(flight.app_metadata, task, ticket.stage_key)
+                    yield held, metadata
+
+    async def _encoded(
+        self, task: Task, batches: PartitionStream, compression: Compression, expand_views: bool
+    ) -> AsyncGenerator[Message, None]:
+        """The messages of a partition, its schema first."""
+        group = await batches.read()
+        schema = group[0].schema if group else await task.schema()
+        encoder = Encoder(schema, self._settings.max_message_size, compression=compression, expand_views=expand_views)
+        yield self._count(encoder.schema())
+        while group:
+            async with aclosing(self._tasks.messages(encoder, group)) as messages:
+                async for message in messages:
+                    yield self._count(message)
+            self._rows_sent += sum(batch.num_rows for batch in group)
+            group = await batches.read()
 
     async def GetFlightInfo(self, request: Flight_pb2.FlightDescriptor, context: Context) -> Flight_pb2.FlightInfo:
         """The schema of the plan in the descriptor's ``cmd``, and an endpoint with a ticket for every partition."""
@@ -150,8 +180,13 @@ class Worker(ObservabilityServicer, Flight_pb2_grpc.FlightServiceServicer):
         query = self._query_of(ticket, context)
         expand_views = output.expand_views(query.headers)
         session = await self._session_builder.build_session_state(query)
-        inlining = query.builder.python_udf_inlining
-        async with self._tasks.task(ticket, query.principal, session, python_udf_inlining=inlining) as task:
+        async with self._tasks.task(
+            ticket,
+            query.principal,
+            session,
+            python_udf_inlining=query.builder.python_udf_inlining,
+            rewrite=self._exchange.rewrite(ticket, query.headers),
+        ) as task:
             schema = await task.schema()
             is_plain = query.builder.expands_views if expand_views is None else expand_views
             return task.partition_count, plain_schema(schema) if is_plain else schema

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import pyarrow as pa
 from datafusion import ExecutionPlan, RecordBatchStream, SessionContext
@@ -14,7 +14,8 @@ from worker import plan
 from worker.encode import Encoder
 from worker.errors import PartitionOutOfRange, StageKeyConflict, Unavailable
 from worker.message import Message
-from worker.partitionwise import make_partitions_independent
+from worker.partitionwise import counterparts, make_partitions_independent
+from worker.plan_proto import Message as PlanMessage
 from worker.stream import PartitionStream, ReadThreads, let_go
 from worker.ticket import PlanTicket
 
@@ -33,6 +34,42 @@ SMALL_PLAN = 8 * 1024
 ABANDON_SECONDS = 0.2
 
 
+class Input(Protocol):
+    """What a plan has to be given before it can be executed."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it needs none."""
+        ...
+
+    async def fetch(self) -> PlanMessage:
+        """The plan with everything that it reads; called again after it has failed or was cancelled.
+
+        Raises:
+            WorkerError: it is not to be had.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Deletes what is kept for it."""
+        ...
+
+
+# Rewrites a plan with nodes that DataFusion does not know, for some milliseconds at most. The message is changed; until
+# the input has come, it has the plan's partitions and schema, and no rows.
+Rewrite: TypeAlias = Callable[[SessionContext, PlanMessage], Input]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A plan and a first instance of it."""
+
+    before: bytes
+    """The plan before its partitions were made independent of each other."""
+    plan: bytes
+    instance: ExecutionPlan
+
+
 @dataclass(frozen=True, slots=True)
 class TaskStatistics:
     """What the tasks hold now, and what they have done since the start."""
@@ -46,15 +83,27 @@ class TaskStatistics:
 class Task:
     """One instance of a plan, in the session that decoded it."""
 
-    def __init__(self, tasks: "Tasks", session: SessionContext, plan_bytes: bytes, instance: ExecutionPlan) -> None:
+    def __init__(self, tasks: "Tasks", session: SessionContext, decoded: Decoded, plan_input: Input | None) -> None:
+        """
+        Args:
+            tasks: whose it is.
+            session: what the plan was decoded in.
+            decoded: the plan, without rows if it has an input.
+            plan_input: what is fetched when a partition is first executed.
+        """
         self._tasks = tasks
         self._session = session
-        self._plan = plan_bytes
-        self._instance = instance
-        self._unasked = set(range(instance.partition_count))
+        self._decoded = decoded
+        self.input = plan_input
+        self.partition_count: int = decoded.instance.partition_count
+        self._unasked = set(range(self.partition_count))
+        self._unread = set(range(self.partition_count))
         self._executed: set[int] = set()
         self._schema: asyncio.Future[pa.Schema] | None = None
-        self.partition_count: int = instance.partition_count
+        self._missing = None if plan_input is None or plan_input.is_empty else plan_input
+        self._completing: asyncio.Future[None] | None = None
+        self._waiting = 0
+        self._given_up: set[int] = set()
 
     @property
     def ended(self) -> bool:
@@ -67,8 +116,8 @@ class Task:
         Raises:
             InvalidPlan, ExecutionFailed, EnginePanicked: as ``plan.schema_of``.
         """
-        if self._schema is None or (self._schema.done() and (self._schema.cancelled() or self._schema.exception())):
-            finding_out = self._tasks.in_thread(plan.schema_of, self._session, self._plan)
+        if self._schema is None or _has_failed(self._schema):
+            finding_out = self._tasks.in_thread(plan.schema_of, self._session, self._decoded.plan)
             self._schema = self._tasks.in_background(finding_out)
         return await asyncio.shield(self._schema)
 
@@ -83,13 +132,17 @@ class Task:
             PartitionOutOfRange: the plan has no such partition.
             ExecutionFailed, EnginePanicked: DataFusion failed.
             Unavailable: the worker was closed.
+            WorkerError: the plan's input is not to be had.
         """
         if partition >= self.partition_count:
             raise PartitionOutOfRange(f"partition {partition} not available: the plan has {self.partition_count}")
-        instance = self._instance
-        if partition in self._executed:
-            instance, alone = await self._tasks.decode(self._session, self._plan), True
         self._unasked.discard(partition)
+        self._given_up.discard(partition)
+        if self._missing is not None:
+            await self._complete(self._missing, partition)
+        instance = self._decoded.instance
+        if partition in self._executed:
+            instance, alone = await self._tasks.decode(self._session, self._decoded.plan), True
         self._executed.add(partition)
         if alone and self.partition_count > 1:
             self._abandon(instance, set(range(self.partition_count)) - {partition})
@@ -105,8 +158,60 @@ class Task:
         """Says that who asked for this partition went away before it was executed."""
         if partition in self._unasked:
             self._unasked.discard(partition)
-            self._executed.add(partition)
-            self._abandon(self._instance, {partition})
+            self._given_up.add(partition)
+            if self._missing is None:
+                self._abandon_given_up()
+
+    def end(self, partition: int) -> bool:
+        """Says that this partition was read to its end; returns whether now all have been."""
+        self._unread.discard(partition)
+        return not self._unread
+
+    def executed(self) -> list[ExecutionPlan | None]:
+        """What is executed for each node of the plan, parents first. Blocks for as long as it takes to decode it."""
+        decoded = self._decoded
+        if decoded.before == decoded.plan:
+            return list(plan.walk(decoded.instance))
+        return list(counterparts(plan.decode(self._session, decoded.before), decoded.instance))
+
+    async def close(self) -> None:
+        """Ends a task with an input, and lets go of everything: errors keep frames that have this."""
+        if self.input is not None:
+            self._unasked.clear()
+            plan_input, self.input = self.input, None
+            del self._session, self._decoded
+            await plan_input.close()
+
+    async def _complete(self, missing: Input, partition: int) -> None:
+        """Waits for the input, which is fetched for as long as somebody waits for it."""
+        if self._completing is None:
+            self._completing = self._tasks.in_background(self._fetch(missing))
+        completing = self._completing
+        self._waiting += 1
+        try:
+            await asyncio.shield(completing)
+        except asyncio.CancelledError:
+            self._given_up.add(partition)
+            raise
+        finally:
+            self._waiting -= 1
+            if not self._waiting:
+                completing.cancel()
+            # Also when it has failed: its traceback has frames with this task, a circle that would keep the session.
+            if self._completing is completing and (completing.done() or not self._waiting):
+                self._completing = None
+
+    async def _fetch(self, missing: Input) -> None:
+        message = await missing.fetch()
+        self._tasks.count_decoded()
+        self._decoded = await self._tasks.in_thread(_decode, self._session, message)
+        self._missing = None
+        self._abandon_given_up()
+
+    def _abandon_given_up(self) -> None:
+        self._executed |= self._given_up
+        self._abandon(self._decoded.instance, self._given_up)
+        self._given_up = set()
 
     def _abandon(self, instance: ExecutionPlan, partitions: set[int]) -> None:
         executions = [
@@ -143,18 +248,31 @@ class Tasks:
 
     @asynccontextmanager
     async def task(
-        self, ticket: PlanTicket, principal: str, session: SessionContext, *, python_udf_inlining: bool
+        self,
+        ticket: PlanTicket,
+        principal: str,
+        session: SessionContext,
+        *,
+        python_udf_inlining: bool,
+        rewrite: Rewrite | None = None,
     ) -> AsyncIterator[Task]:
         """The task of a ticket, found or made, for as long as the block lasts.
 
         It is made once, however many ask at the same time, in the session of the one who came first; the sessions of
         the others are not used. A ticket without a stage key has a task of its own.
 
+        Args:
+            ticket: what is asked for.
+            principal: who asks.
+            session: what the plan is decoded in, if the task is to be made.
+            python_udf_inlining: whether Python functions that come inside the plan are unpickled.
+            rewrite: is called for plans that have nodes which only a codec knows.
+
         Raises:
             StageKeyConflict: the stage key stands for another plan.
             InvalidPlan, EnginePanicked: the plan does not decode; nothing is kept, the next to ask tries anew.
         """
-        entry = self._enter(ticket, principal, session, python_udf_inlining)
+        entry = self._enter(ticket, principal, session, python_udf_inlining, rewrite)
         try:
             yield await asyncio.shield(entry.making)
         finally:
@@ -162,7 +280,13 @@ class Tasks:
 
     @asynccontextmanager
     async def partition(
-        self, ticket: PlanTicket, principal: str, session: SessionContext, *, python_udf_inlining: bool
+        self,
+        ticket: PlanTicket,
+        principal: str,
+        session: SessionContext,
+        *,
+        python_udf_inlining: bool,
+        rewrite: Rewrite | None = None,
     ) -> AsyncIterator[tuple[Task, PartitionStream]]:
         """The task of a ticket and the stream of its partition, which is closed when the block ends.
 
@@ -170,8 +294,9 @@ class Tasks:
             PartitionOutOfRange: the plan has no such partition.
             ExecutionFailed, EnginePanicked: DataFusion failed.
             StageKeyConflict, InvalidPlan: as ``task``.
+            WorkerError: the plan's input is not to be had.
         """
-        entry = self._enter(ticket, principal, session, python_udf_inlining)
+        entry = self._enter(ticket, principal, session, python_udf_inlining, rewrite)
         try:
             try:
                 task = await asyncio.shield(entry.making)
@@ -206,8 +331,12 @@ class Tasks:
 
     async def decode(self, session: SessionContext, plan_bytes: bytes) -> ExecutionPlan:
         """A fresh instance of a plan, decoded in a thread if it is large."""
-        self._plans_decoded += 1
+        self.count_decoded()
         return await self.in_thread_if(len(plan_bytes) > SMALL_PLAN, plan.decode, session, plan_bytes)
+
+    def count_decoded(self) -> None:
+        """Counts a plan that is about to be decoded."""
+        self._plans_decoded += 1
 
     def stream(self, executed: RecordBatchStream) -> PartitionStream:
         """What reads an executed partition.
@@ -247,6 +376,7 @@ class Tasks:
     async def close(self) -> None:
         """Ends everything. Streams that are still open, and requests that come now, end with ``Unavailable``."""
         self._closed = True
+        tasks = [entry.task for entry in self._entries.values() if entry.task is not None]
         for entry in list(self._entries.values()):
             self._forget(entry)
         for stream in self._streams:
@@ -255,23 +385,35 @@ class Tasks:
             for running in self._background:
                 running.cancel()
             await asyncio.gather(*self._background, return_exceptions=True)
+        for task in tasks:
+            await task.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._read_threads.close()
 
     def _enter(
-        self, ticket: PlanTicket, principal: str, session: SessionContext, python_udf_inlining: bool
+        self,
+        ticket: PlanTicket,
+        principal: str,
+        session: SessionContext,
+        python_udf_inlining: bool,
+        rewrite: Rewrite | None,
     ) -> "_Entry":
         if self._closed:
             raise Unavailable("the worker was closed")
         key: Hashable = object() if ticket.stage_key is None else (principal, ticket.stage_key)
         entry = self._entries.get(key)
         if entry is None:
-            making = self._make(session, ticket.plan, python_udf_inlining)
+            making = self._make(session, ticket.plan, python_udf_inlining, rewrite)
             entry = self._entries[key] = _Entry(key, ticket, making)
             if not making.done():
                 making.add_done_callback(lambda _: self._forget_if_failed(entry))
         elif entry.ticket.plan != ticket.plan:
             raise StageKeyConflict(f"stage key {ticket.stage_key} already stands for another plan: make a new key")
+        elif (entry.ticket.task_index, entry.ticket.task_count) != (ticket.task_index, ticket.task_count):
+            raise StageKeyConflict(
+                f"stage key {ticket.stage_key} already stands for task {entry.ticket.task_index} of "
+                f"{entry.ticket.task_count}, this is {ticket.task_index} of {ticket.task_count}: make a new key"
+            )
         entry.enter()
         return entry
 
@@ -291,22 +433,27 @@ class Tasks:
             task.give_up(partition)
         self._leave(entry)
 
-    def _make(self, session: SessionContext, plan_bytes: bytes, python_udf_inlining: bool) -> asyncio.Future[Task]:
-        self._plans_decoded += 1
+    def _make(
+        self, session: SessionContext, plan_bytes: bytes, python_udf_inlining: bool, rewrite: Rewrite | None
+    ) -> asyncio.Future[Task]:
+        self.count_decoded()
         # A function that is unpickled may do anything, and for long.
         if len(plan_bytes) <= SMALL_PLAN and not python_udf_inlining:
             made: asyncio.Future[Task] = asyncio.get_running_loop().create_future()
-            made.set_result(Task(self, session, *_prepare(session, plan_bytes, python_udf_inlining)))
+            made.set_result(Task(self, session, *_prepare(session, plan_bytes, python_udf_inlining, rewrite)))
             return made
 
         async def make() -> Task:
-            return Task(self, session, *await self.in_thread(_prepare, session, plan_bytes, python_udf_inlining))
+            prepared = await self.in_thread(_prepare, session, plan_bytes, python_udf_inlining, rewrite)
+            return Task(self, session, *prepared)
 
         return self.in_background(make())
 
     def _forget(self, entry: "_Entry") -> None:
         if self._entries.get(entry.key) is entry:
             del self._entries[entry.key]
+            if (task := entry.task) is not None and task.input is not None and not self._closed:
+                self.in_background(task.close())
         entry.stop_idling()
 
     def _forget_if_failed(self, entry: "_Entry") -> None:
@@ -345,15 +492,32 @@ class _Entry:
             self.idling = None
 
 
-def _prepare(session: SessionContext, plan_bytes: bytes, python_udf_inlining: bool) -> tuple[bytes, ExecutionPlan]:
-    """The plan as it is executed here, and a first instance."""
+def _prepare(
+    session: SessionContext, plan_bytes: bytes, python_udf_inlining: bool, rewrite: Rewrite | None
+) -> tuple[Decoded, Input | None]:
     # Dropping the pickles makes the names be looked up; the session makes sure that none is unpickled.
     if not python_udf_inlining:
         plan_bytes = plan.without_python_udfs(plan_bytes)
-    message = plan.parse(plan_bytes)
-    if make_partitions_independent(session, message):
-        plan_bytes = message.SerializeToString()
-    return plan_bytes, plan.decode(session, plan_bytes)
+    parsed = plan.parse(plan_bytes)
+    plan_input = rewrite(session, parsed.message) if parsed.has_extensions and rewrite else None
+    if parsed.is_old:
+        plan.upgrade_filters(session, parsed.message)
+    if plan_input is not None and not plan_input.is_empty:
+        without_rows = parsed.message.SerializeToString()
+        return Decoded(without_rows, without_rows, plan.decode(session, without_rows)), plan_input
+    is_changed = parsed.is_old or plan_input is not None
+    return _decode(session, parsed.message, None if is_changed else plan_bytes), plan_input
+
+
+def _decode(session: SessionContext, message: PlanMessage, plan_bytes: bytes | None = None) -> Decoded:
+    """The plan as it is executed here, and an instance of it; ``plan_bytes`` are the message's, if they are there."""
+    before = message.SerializeToString() if plan_bytes is None else plan_bytes
+    after = message.SerializeToString() if make_partitions_independent(session, message) else before
+    return Decoded(before, after, plan.decode(session, after))
+
+
+def _has_failed(future: asyncio.Future[Any]) -> bool:
+    return future.done() and (future.cancelled() or future.exception() is not None)
 
 
 def _repartitions(node: ExecutionPlan, first: int = 0) -> Iterator[tuple[ExecutionPlan, int]]:

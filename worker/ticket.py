@@ -23,6 +23,10 @@ class StageKey:
     def __str__(self) -> str:
         return f"{self.query_id}/{self.stage_id}/{self.task_number}"
 
+    def to_proto(self) -> plan_pb2.StageKey:
+        """The key as tickets have it."""
+        return plan_pb2.StageKey(query_id=self.query_id.bytes, stage_id=self.stage_id, task_number=self.task_number)
+
     @classmethod
     def unique(cls) -> "StageKey":
         """A key that nobody else has: the first stage of a new query."""
@@ -54,9 +58,7 @@ class PlanTicket:
             target_partition=self.partition,
         )
         if self.stage_key is not None:
-            message.stage_key.query_id = self.stage_key.query_id.bytes
-            message.stage_key.stage_id = self.stage_key.stage_id
-            message.stage_key.task_number = self.stage_key.task_number
+            message.stage_key.CopyFrom(self.stage_key.to_proto())
         return message.SerializeToString()
 
     @classmethod

@@ -1,10 +1,10 @@
 """What a task reads of others, fetched: in parallel, as it comes, undecoded."""
 
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -79,7 +79,7 @@ class _Fetching:
             EXECUTE_TASK
         )
         call = execute_task(request, metadata=self.source.headers)
-        try:
+        with upstream_errors(read.url, call):
             async for data in call:
                 header, metadata, body = flight_data.parse(data)
                 about = worker_pb2.FlightAppMetadata.FromString(bytes(metadata))
@@ -92,14 +92,23 @@ class _Fetching:
                 rows = row_count(message.header)
                 self.figures.message_received(slot, rows, len(data), created, time.time_ns())
                 await self.intake.add(slot, index, *message)
-        except grpc.aio.AioRpcError as error:
-            raise _upstream_failed(read.url, error) from error
-        except (InvalidRequest, DecodeError) as error:
-            raise UpstreamFailed(
-                f"worker {read.url} does not answer rightly: {error}", grpc.StatusCode.INTERNAL
-            ) from error
-        finally:
-            call.cancel()
+
+
+@contextmanager
+def upstream_errors(url: str, call: "grpc.aio.UnaryStreamCall[Any, Any]") -> Iterator[None]:
+    """Around what reads the answer of another worker, which is cancelled if it has not ended.
+
+    Raises:
+        UpstreamFailed: instead of what says that it has failed, or has not answered rightly.
+    """
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise _upstream_failed(url, error) from error
+    except (InvalidRequest, DecodeError) as error:
+        raise UpstreamFailed(f"worker {url} does not answer rightly: {error}", grpc.StatusCode.INTERNAL) from error
+    finally:
+        call.cancel()
 
 
 def _request(read: Read, head: Head) -> bytes:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from google.protobuf.message import DecodeError
+from google.protobuf.message import Message as ProtobufMessage
 
 from worker import plan_proto
 from worker.errors import InvalidPlan
@@ -49,6 +50,8 @@ class Leaf:
     """Whether a node above it needs to see that its rows are distributed as they are."""
     reads: tuple[Read, ...]
     head: Head
+    stage_plan: bytes
+    """The plan of the tasks that it reads, with DataFusion 51 only."""
 
 
 def parse(node: Message) -> nodes_pb2.Node | None:
@@ -68,6 +71,37 @@ def parse(node: Message) -> nodes_pb2.Node | None:
     if parsed.WhichOneof("node") is None:
         raise InvalidPlan(f"the plan has a node that this worker does not know: {_describe(encoded.blob)}")
     return parsed
+
+
+def parse_in_ticket(node: Message, *, is_coordinated: bool) -> nodes_pb2.Node | None:
+    """The node of an extension node in a ticket's plan; None if that is for one of the session's codecs.
+
+    Clients that are no coordinators have codecs of their own too, whose nodes stay as they are.
+
+    Args:
+        node: the extension node.
+        is_coordinated: whether the ticket is a coordinator's, whose composed codec has wrapped what it has written.
+    """
+    try:
+        encoded = nodes_pb2.Encoded.FromString(node.extension.node)
+        # What is not ours may look like it, but for fields that ours do not have.
+        if encoded.ByteSize() != _known_size(encoded):
+            return None
+        if encoded.encoder_position:
+            if is_coordinated:
+                node.extension.node = encoded.blob
+            return None
+        parsed = nodes_pb2.Node.FromString(encoded.blob)
+    except DecodeError:
+        return None
+    return parsed if parsed.WhichOneof("node") and parsed.ByteSize() == _known_size(parsed) else None
+
+
+def _known_size(message: ProtobufMessage) -> int:
+    """The size of what is known of a message."""
+    known = type(message).FromString(message.SerializeToString())
+    known.DiscardUnknownFields()
+    return known.ByteSize()
 
 
 def distributed_kind(node: Message) -> str | None:
@@ -108,7 +142,7 @@ def leaf(node: Message, kind: str, network: nodes_pb2.Network, place: Place, *, 
         else:
             head = worker_pb2.BroadcastExecHead(output_partitions=partitions * place.count)
     schema = plan_proto.Schema.FromString(network.schema)
-    return Leaf(node, schema, partitioning, partitions, shows_partitioning, tuple(reads), head)
+    return Leaf(node, schema, partitioning, partitions, shows_partitioning, tuple(reads), head, stage.plan_proto)
 
 
 def partition_count(partitioning: Message) -> int:

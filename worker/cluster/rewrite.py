@@ -3,7 +3,7 @@
 A network node becomes a scan of what was fetched for it, which is put there once it has come.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TypeAlias
@@ -61,7 +61,7 @@ def rewrite(message: Message, place: Place, count_partitions: Callable[[Message]
     _strip_head(message)
     rewritten = Rewritten(message)
     rewritten.is_sampled = distributed_kind(message) == "sampler"
-    _Rewriter(rewritten, count_partitions).rewrite(message, place)
+    Rewriter(rewritten, count_partitions, parse).rewrite(message, place)
     return rewritten
 
 
@@ -79,9 +79,15 @@ def with_head(message: Message, head: Head) -> tuple[Message, Origins]:
     return headed, [Origin.GONE] if isinstance(head, worker_pb2.BroadcastExecHead) else []
 
 
-def executed(instance: ExecutionPlan, origins: Origins) -> Iterator[tuple[ExecutionPlan | None, Origin | Leaf]]:
-    """For each of the coordinator's nodes: the node that was executed, if there is one, and what became of it."""
-    nodes = list(_walk(instance))
+def executed(
+    nodes: Sequence[ExecutionPlan | None], origins: Origins
+) -> Iterator[tuple[ExecutionPlan | None, Origin | Leaf]]:
+    """For each of the coordinator's nodes: the node that was executed, if there is one, and what became of it.
+
+    Args:
+        nodes: those that were executed, parents before their children.
+        origins: of the plan.
+    """
     place = 0
     for origin in origins:
         node = nodes[place] if place < len(nodes) and origin is not Origin.GONE else None
@@ -91,21 +97,35 @@ def executed(instance: ExecutionPlan, origins: Origins) -> Iterator[tuple[Execut
             place += 1
 
 
-def _walk(instance: ExecutionPlan) -> Iterator[ExecutionPlan]:
-    yield instance
-    for child in instance.children():
-        yield from _walk(child)
+_NETWORK = frozenset({"shuffle", "coalesce", "network_broadcast"})
 
 
-class _Rewriter:
-    def __init__(self, rewritten: Rewritten, count_partitions: Callable[[Message], int]) -> None:
+class Rewriter:
+    """Rewrites plans of one dialect, node by node."""
+
+    lists_all_inputs = False
+    """Whether a coordinator knows all inputs of a union as nodes of a task, not only those that are the task's."""
+
+    def __init__(
+        self,
+        rewritten: Rewritten,
+        count_partitions: Callable[[Message], int],
+        parse: Callable[[Message], nodes_pb2.Node | None],
+    ) -> None:
+        """
+        Args:
+            rewritten: what is added to.
+            count_partitions: how many partitions a part of the plan has.
+            parse: reads an extension node; None for one that a codec of the session knows.
+        """
         self._rewritten = rewritten
         self._count_partitions = count_partitions
+        self._parse = parse
         self._interleaves = 0
 
     def rewrite(self, node: Message, place: Place) -> None:
         """Rewrites a node and those below it, in place."""
-        distributed = parse(node) if plan_proto.kind(node) == "extension" else None
+        distributed = self._parse(node) if plan_proto.kind(node) == "extension" else None
         if distributed is None:
             self._rewritten.origins.append(Origin.KEPT)
             is_interleave = plan_proto.kind(node) == "interleave"
@@ -113,24 +133,26 @@ class _Rewriter:
             for child in plan_proto.children(node):
                 self.rewrite(child, place)
             self._interleaves -= is_interleave
-            return
+        else:
+            self._replace(node, distributed, place)
+
+    def _replace(self, node: Message, distributed: nodes_pb2.Node, place: Place) -> None:
         match kind := distributed.WhichOneof("node"):
             case "shuffle" | "coalesce" | "network_broadcast":
-                self._leave(
-                    leaf(node, kind, getattr(distributed, kind), place, shows_partitioning=self._interleaves > 0)
-                )
+                self._leave(node, kind, getattr(distributed, kind), place)
             case "children_isolator_union":
                 self._unite(node, distributed.children_isolator_union, place)
             case "broadcast":
                 self._repeat(node, distributed.broadcast.consumer_task_count, place)
             case "sampler":
                 self._rewritten.origins.append(Origin.GONE)
-                _replace(node, _only_input(node, "sampler"))
+                replace(node, only_input(node, "sampler"))
                 self.rewrite(node, place)
             case _:
                 raise InvalidPlan(f"the plan has a {kind} node, which coordinators of DataFusion 55 do not make")
 
-    def _leave(self, found: Leaf) -> None:
+    def _leave(self, node: Message, kind: str, network: nodes_pb2.Network, place: Place) -> None:
+        found = leaf(node, kind, network, place, shows_partitioning=self._interleaves > 0)
         # Until the input has come, the plan has partitions, and no rows.
         found.node.empty.schema.CopyFrom(found.schema)
         found.node.empty.partitions = found.partitions
@@ -147,44 +169,61 @@ class _Rewriter:
             raise InvalidPlan(f"a union of {len(inputs)} inputs wants input {[child.child_idx for child in chosen]}")
         empty = plan_proto.PhysicalPlanNode()
         empty.CopyFrom(inputs[0])
+        sizes = [self._size(child) for child in inputs] if self.lists_all_inputs else [0] * len(inputs)
         united = plan_proto.PhysicalPlanNode()
         united.union.SetInParent()
         for child in chosen:
             united.union.inputs.add().CopyFrom(inputs[child.child_idx])
-        _replace(node, united)
+        replace(node, united)
         origins = self._rewritten.origins
         start = len(origins)
         partitions = 0
+        listed = 0
         for child, part in zip(chosen, node.union.inputs, strict=True):
+            origins += [Origin.GONE] * sum(sizes[listed : child.child_idx])
+            first = len(origins)
             self.rewrite(part, Place(child.task_idx, child.task_count))
+            if self.lists_all_inputs and child.child_idx < listed:
+                origins[first:] = [Origin.ADDED] * sum(origin is not Origin.GONE for origin in origins[first:])
+            listed = max(listed, child.child_idx + 1)
             partitions += self._count_partitions(part)
+        origins += [Origin.GONE] * sum(sizes[listed:])
         if partitions < union.partition_count:
-            nothing = Rewritten(empty)
-            _Rewriter(nothing, self._count_partitions).rewrite(empty, Place(0, 1))
-            plan.empty_leaves(empty)
-            each = self._count_partitions(empty)
-            while partitions < union.partition_count:
-                node.union.inputs.add().CopyFrom(empty)
-                origins += [Origin.ADDED] * sum(1 for _ in plan_proto.nodes(empty))
-                partitions += each
+            if chosen:
+                empty.CopyFrom(node.union.inputs[0])
+            else:
+                end, leaves = len(origins), len(self._rewritten.leaves)
+                self.rewrite(empty, Place(0, 1))
+                del origins[end:], self._rewritten.leaves[leaves:]
+            # One without rows, repartitioned: what is missing may be no multiple of what an input has.
+            nothing = node.union.inputs.add()
+            nothing.repartition.partitioning.round_robin = union.partition_count - partitions
+            nothing.repartition.input.merge.input.CopyFrom(empty)
+            nothing.repartition.input.merge.fetch = 0
+            plan.empty_leaves(nothing)
+            origins += [Origin.ADDED] * sum(1 for _ in plan_proto.nodes(nothing))
         if len(node.union.inputs) > 1:
             origins.insert(start, Origin.KEPT)
         else:
             # DataFusion makes none of a union of one.
             origins.insert(start, Origin.PASSED)
 
+    def _size(self, node: Message) -> int:
+        """How many nodes of a plan have figures."""
+        return sum(distributed_kind(part) not in _NETWORK for part in plan_proto.nodes(node))
+
     def _repeat(self, node: Message, times: int, place: Place) -> None:
         """Makes a union of copies of a node: each is computed anew, where a coordinator left a broadcast in a plan."""
         self._rewritten.origins.append(Origin.GONE if times == 1 else Origin.KEPT)
-        repeated = _only_input(node, "broadcast")
+        repeated = only_input(node, "broadcast")
         if times == 1:
-            _replace(node, repeated)
+            replace(node, repeated)
             self.rewrite(node, place)
             return
         united = plan_proto.PhysicalPlanNode()
         for _ in range(times):
             united.union.inputs.add().CopyFrom(repeated)
-        _replace(node, united)
+        replace(node, united)
         for index, part in enumerate(node.union.inputs):
             start = len(self._rewritten.origins)
             self.rewrite(part, place)
@@ -195,18 +234,23 @@ class _Rewriter:
 def _strip_head(message: Message) -> None:
     """Takes away the head that a plan was made with: the tasks that read it say which it is to have."""
     if plan_proto.kind(message) == "repartition":
-        _replace(message, message.repartition.input)
+        replace(message, message.repartition.input)
     elif distributed_kind(message) == "broadcast":
-        _replace(message, _only_input(message, "broadcast"))
+        replace(message, only_input(message, "broadcast"))
 
 
-def _only_input(node: Message, kind: str) -> Message:
+def only_input(node: Message, kind: str) -> Message:
+    """The input of an extension node that has one.
+
+    Raises:
+        InvalidPlan: it has none, or several.
+    """
     if len(node.extension.inputs) != 1:
         raise InvalidPlan(f"a {kind} node has {len(node.extension.inputs)} inputs: it must have one")
     return node.extension.inputs[0]
 
 
-def _replace(node: Message, other: Message) -> None:
+def replace(node: Message, other: Message) -> None:
     """Makes a node what another is, which may be one of its parts."""
     copy = plan_proto.PhysicalPlanNode()
     copy.CopyFrom(other)

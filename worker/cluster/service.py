@@ -221,7 +221,7 @@ def _rewritten(session: SessionContext, plan_bytes: bytes, place: Place, python_
     def count_partitions(part: PlanMessage) -> int:
         return plan.decode(session, part.SerializeToString()).partition_count
 
-    return rewrite(plan.parse(plan_bytes), place, count_partitions)
+    return rewrite(plan.parse(plan_bytes).message, place, count_partitions)
 
 
 def _stage_key(key: worker_pb2.TaskKey) -> StageKey:

@@ -147,7 +147,7 @@ class ClusterTask:
         """The metrics of the coordinator's nodes, parents first, and of the whole. Blocks for some ms."""
         sets = []
         for instance, origins in self._segments:
-            for node, origin in executed(instance, origins):
+            for node, origin in executed(list(plan.walk(instance)), origins):
                 if isinstance(origin, Leaf):
                     sets.append(self._figures[origin].to_proto(origin.partitions))
                 else:
@@ -159,7 +159,7 @@ class ClusterTask:
     def output_rows(self) -> int:
         """How many rows the plan has made so far, by its topmost node that counts them."""
         for instance, origins in self._segments[-1:]:
-            for node, _ in executed(instance, origins):
+            for node, _ in executed(list(plan.walk(instance)), origins):
                 found = node.metrics() if node is not None else None
                 if found is not None and found.output_rows is not None:
                     return found.output_rows

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17worker/proto/plan.proto\x12\x0bworker.plan\"\x95\x01\n\x05\x44oGet\x12\x12\n\nplan_proto\x18\x01 \x01(\x0c\x12\x19\n\x11target_task_index\x18\x02 \x01(\x04\x12\x19\n\x11target_task_count\x18\x03 \x01(\x04\x12\x18\n\x10target_partition\x18\x04 \x01(\x04\x12(\n\tstage_key\x18\x05 \x01(\x0b\x32\x15.worker.plan.StageKey\"C\n\x08StageKey\x12\x10\n\x08query_id\x18\x01 \x01(\x0c\x12\x10\n\x08stage_id\x18\x02 \x01(\x04\x12\x13\n\x0btask_number\x18\x03 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17worker/proto/plan.proto\x12\x0bworker.plan\"\x95\x01\n\x05\x44oGet\x12\x12\n\nplan_proto\x18\x01 \x01(\x0c\x12\x19\n\x11target_task_index\x18\x02 \x01(\x04\x12\x19\n\x11target_task_count\x18\x03 \x01(\x04\x12\x18\n\x10target_partition\x18\x04 \x01(\x04\x12(\n\tstage_key\x18\x05 \x01(\x0b\x32\x15.worker.plan.StageKey\"C\n\x08StageKey\x12\x10\n\x08query_id\x18\x01 \x01(\x0c\x12\x10\n\x08stage_id\x18\x02 \x01(\x04\x12\x13\n\x0btask_number\x18\x03 \x01(\x04\"\\\n\x11\x46lightAppMetadata\x12<\n\x12metrics_collection\x18\x01 \x01(\x0b\x32\x1e.worker.plan.MetricsCollectionH\x00\x42\t\n\x07\x63ontent\"<\n\x11MetricsCollection\x12\'\n\x05tasks\x18\x01 \x03(\x0b\x32\x18.worker.plan.TaskMetrics\"a\n\x0bTaskMetrics\x12(\n\tstage_key\x18\x01 \x01(\x0b\x32\x15.worker.plan.StageKey\x12(\n\x07metrics\x18\x02 \x03(\x0b\x32\x17.worker.plan.MetricsSet\"2\n\nMetricsSet\x12$\n\x07metrics\x18\x01 \x03(\x0b\x32\x13.worker.plan.Metric\"\x82\x05\n\x06Metric\x12.\n\x0boutput_rows\x18\x01 \x01(\x0b\x32\x17.worker.plan.OutputRowsH\x00\x12\x36\n\x0f\x65lapsed_compute\x18\x02 \x01(\x0b\x32\x1b.worker.plan.ElapsedComputeH\x00\x12.\n\x0bspill_count\x18\x03 \x01(\x0b\x32\x17.worker.plan.SpillCountH\x00\x12\x32\n\rspilled_bytes\x18\x04 \x01(\x0b\x32\x19.worker.plan.SpilledBytesH\x00\x12\x30\n\x0cspilled_rows\x18\x05 \x01(\x0b\x32\x18.worker.plan.SpilledRowsH\x00\x12?\n\x14\x63urrent_memory_usage\x18\x06 \x01(\x0b\x32\x1f.worker.plan.CurrentMemoryUsageH\x00\x12(\n\x05\x63ount\x18\x07 \x01(\x0b\x32\x17.worker.plan.NamedCountH\x00\x12(\n\x05gauge\x18\x08 \x01(\x0b\x32\x17.worker.plan.NamedGaugeH\x00\x12&\n\x04time\x18\t \x01(\x0b\x32\x16.worker.plan.NamedTimeH\x00\x12\x36\n\x0fstart_timestamp\x18\n \x01(\x0b\x32\x1b.worker.plan.StartTimestampH\x00\x12\x32\n\rend_timestamp\x18\x0b \x01(\x0b\x32\x19.worker.plan.EndTimestampH\x00\x12\"\n\x06labels\x18\x0c \x03(\x0b\x32\x12.worker.plan.Label\x12\x16\n\tpartition\x18\r \x01(\x04H\x01\x88\x01\x01\x42\x07\n\x05valueB\x0c\n\n_partition\"\x1b\n\nOutputRows\x12\r\n\x05value\x18\x01 \x01(\x04\"\x1f\n\x0e\x45lapsedCompute\x12\r\n\x05value\x18\x01 \x01(\x04\"\x1b\n\nSpillCount\x12\r\n\x05value\x18\x01 \x01(\x04\"\x1d\n\x0cSpilledBytes\x12\r\n\x05value\x18\x01 \x01(\x04\"\x1c\n\x0bSpilledRows\x12\r\n\x05value\x18\x01 \x01(\x04\"#\n\x12\x43urrentMemoryUsage\x12\r\n\x05value\x18\x01 \x01(\x04\")\n\nNamedCount\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04\")\n\nNamedGauge\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04\"(\n\tNamedTime\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04\".\n\x0eStartTimestamp\x12\x12\n\x05value\x18\x01 \x01(\x03H\x00\x88\x01\x01\x42\x08\n\x06_value\",\n\x0c\x45ndTimestamp\x12\x12\n\x05value\x18\x01 \x01(\x03H\x00\x88\x01\x01\x42\x08\n\x06_value\"$\n\x05Label\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,4 +35,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DOGET']._serialized_end=190
   _globals['_STAGEKEY']._serialized_start=192
   _globals['_STAGEKEY']._serialized_end=259
+  _globals['_FLIGHTAPPMETADATA']._serialized_start=261
+  _globals['_FLIGHTAPPMETADATA']._serialized_end=353
+  _globals['_METRICSCOLLECTION']._serialized_start=355
+  _globals['_METRICSCOLLECTION']._serialized_end=415
+  _globals['_TASKMETRICS']._serialized_start=417
+  _globals['_TASKMETRICS']._serialized_end=514
+  _globals['_METRICSSET']._serialized_start=516
+  _globals['_METRICSSET']._serialized_end=566
+  _globals['_METRIC']._serialized_start=569
+  _globals['_METRIC']._serialized_end=1211
+  _globals['_OUTPUTROWS']._serialized_start=1213
+  _globals['_OUTPUTROWS']._serialized_end=1240
+  _globals['_ELAPSEDCOMPUTE']._serialized_start=1242
+  _globals['_ELAPSEDCOMPUTE']._serialized_end=1273
+  _globals['_SPILLCOUNT']._serialized_start=1275
+  _globals['_SPILLCOUNT']._serialized_end=1302
+  _globals['_SPILLEDBYTES']._serialized_start=1304
+  _globals['_SPILLEDBYTES']._serialized_end=1333
+  _globals['_SPILLEDROWS']._serialized_start=1335
+  _globals['_SPILLEDROWS']._serialized_end=1363
+  _globals['_CURRENTMEMORYUSAGE']._serialized_start=1365
+  _globals['_CURRENTMEMORYUSAGE']._serialized_end=1400
+  _globals['_NAMEDCOUNT']._serialized_start=1402
+  _globals['_NAMEDCOUNT']._serialized_end=1443
+  _globals['_NAMEDGAUGE']._serialized_start=1445
+  _globals['_NAMEDGAUGE']._serialized_end=1486
+  _globals['_NAMEDTIME']._serialized_start=1488
+  _globals['_NAMEDTIME']._serialized_end=1528
+  _globals['_STARTTIMESTAMP']._serialized_start=1530
+  _globals['_STARTTIMESTAMP']._serialized_end=1576
+  _globals['_ENDTIMESTAMP']._serialized_start=1578
+  _globals['_ENDTIMESTAMP']._serialized_end=1622
+  _globals['_LABEL']._serialized_start=1624
+  _globals['_LABEL']._serialized_end=1660
 # @@protoc_insertion_point(module_scope)
