@@ -1,6 +1,5 @@
 """Tasks of distributed plans that come in tickets: what they read of others, by ``DoGet``, and their figures."""
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
