@@ -1,7 +1,7 @@
 //! Plans SQL over Parquet files, runs it on workers of Distributed DataFusion, and prints the rows.
 
 use std::error::Error;
-use std::process::ExitCode;
+use std::process;
 use std::sync::Arc;
 
 use clap::Parser;
@@ -14,16 +14,21 @@ use datafusion::logical_expr::function::AccumulatorArgs;
 use datafusion::logical_expr::{
     AggregateUDF, ColumnarValue, ScalarUDF, Volatility, create_udaf, create_udf,
 };
+use datafusion::physical_plan::ExecutionPlanProperties;
 use datafusion::prelude::{ParquetReadOptions, SessionContext};
-use datafusion_distributed::{DistributedExt, SessionStateBuilderExt, WorkerResolver};
+use datafusion_distributed::{
+    DesiredTaskCountEvent, DesiredTaskCountEventResponse, DistributedExt, SessionStateBuilderExt,
+    WorkerResolver,
+};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use url::Url;
 
 type Result<T, E = Box<dyn Error + Send + Sync>> = std::result::Result<T, E>;
 
-/// By default, small files are read here, and no worker is asked: not what somebody who tries
-/// workers wants.
-const DIVIDE_SMALL_FILES: [(&str, &str); 2] = [
+/// Without these, small files are read here and no worker is asked, which is not what somebody
+/// wants who tries workers.
+const DIVIDE_SMALL_FILES: [(&str, &str); 3] = [
+    ("datafusion.execution.collect_statistics", "false"),
     ("datafusion.optimizer.repartition_file_min_size", "0"),
     ("distributed.file_scan_config_bytes_per_partition", "1"),
 ];
@@ -67,16 +72,25 @@ impl WorkerResolver for Workers {
     }
 }
 
+/// Has a scan of one partition executed by one task. DataFusion left it whole for what is above,
+/// such as a limit or a row number; `datafusion-distributed` would divide it among tasks all the
+/// same, each of which then has a limit and row numbers of its own.
+fn keep_whole(
+    event: DesiredTaskCountEvent,
+) -> Option<Result<DesiredTaskCountEventResponse, DataFusionError>> {
+    let partitions = event.plan.output_partitioning().partition_count();
+    let whole = event.plan.children().is_empty() && partitions == 1;
+    whole.then(|| Ok(DesiredTaskCountEventResponse::maximum(1)))
+}
+
 #[tokio::main]
-async fn main() -> ExitCode {
+async fn main() {
     match run(Options::parse()).await {
-        Ok(rows) => {
-            println!("{rows}");
-            ExitCode::SUCCESS
-        }
+        Ok(rows) => println!("{rows}"),
         Err(error) => {
             eprintln!("coordinator: {error}");
-            ExitCode::FAILURE
+            // Returning would cancel what still runs of the query, which panics about that.
+            process::exit(1);
         }
     }
 }
@@ -86,6 +100,7 @@ async fn run(options: Options) -> Result<String> {
         .with_default_features()
         .with_distributed_worker_resolver(Workers(options.workers))
         .with_distributed_passthrough_headers(HeaderMap::from_iter(options.headers))?
+        .with_distributed_desired_task_count_handler(keep_whole)
         .with_distributed_planner();
     let config = builder.config().get_or_insert_default().options_mut();
     for (name, value) in DIVIDE_SMALL_FILES {
@@ -157,7 +172,7 @@ fn aggregate(text: &str) -> Result<AggregateUDF> {
 }
 
 fn unknown_here(name: &str) -> String {
-    format!("only workers can call {name}, and this step of the plan is not for them")
+    format!("only workers can call {name}, and the plan has it called by the coordinator")
 }
 
 /// The parts of `name(Int64, Decimal128(15, 2))`.
