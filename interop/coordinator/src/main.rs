@@ -36,7 +36,7 @@ const DIVIDE_SMALL_FILES: [(&str, &str); 3] = [
 /// Plans SQL over Parquet files, runs it on workers of Distributed DataFusion, and prints the rows.
 #[derive(Parser)]
 struct Options {
-    /// A query; `EXPLAIN` before it shows the plan, `EXPLAIN ANALYZE` what its nodes did
+    /// A query; `EXPLAIN ANALYZE` before it shows what the nodes of its plan did, and where
     sql: String,
 
     /// A worker, such as http://127.0.0.1:8000; at least two are needed
