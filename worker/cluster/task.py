@@ -178,8 +178,8 @@ class ClusterTask:
         self._running.clear()
         # What failed has a traceback, in whose frames is this task: a circle, which would keep the session for long.
         self._input = self._sampling = self._output = None
-        # Errors are easily in circles with the frames of their tracebacks, which Python 3.11's TaskGroup adds to: what is
-        # large must not hang on them.
+        # Errors are easily in circles with the frames of their tracebacks, to which Python 3.11's TaskGroup adds: what
+        # is large must not hang on them.
         await self._store.close()
         del self._session, self._rewritten
 
