@@ -73,6 +73,13 @@ async def fetch_one(worker: RunningWorker, ticket: bytes, headers: Sequence[Head
     return table
 
 
+async def metadata_of(worker: RunningWorker, ticket: bytes, headers: Iterable[Header]) -> list[bytes]:
+    """The ``app_metadata`` of the messages of a ticket."""
+    metadata = [(name.decode(), value.decode()) for name, value in headers]
+    async with stub(worker.address) as service:
+        return [data.app_metadata async for data in service.DoGet(Flight_pb2.Ticket(ticket=ticket), metadata=metadata)]
+
+
 @asynccontextmanager
 async def stub(address: str) -> AsyncIterator[Flight_pb2_grpc.FlightServiceStub]:
     """The generated client of a server."""

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datafusion import SessionConfig, SessionContext
-from support import Header, as_of_51, fetch, fetch_one, stage_key, status, stub, until
+from flight_plans import METRICS, coalesced, distributed, isolated, network, stage, ticket, url
+from support import as_of_51, fetch, fetch_one, metadata_of, stage_key, status, stub, until
 
 from worker import InvalidPlan, PermissionDenied, Settings, WorkerQueryContext, plan_proto
 from worker.cluster import flight_rewrite
@@ -22,7 +23,6 @@ from worker.plan_proto import Message, PhysicalPlanNode
 from worker.proto import Flight_pb2, nodes_pb2, plan_pb2
 from worker.testing import RunningWorker, running_worker
 
-METRICS = (b"x-datafusion-distributed-config-distributed.collect_metrics", b"true")
 FILES = 5
 ROWS = 1000
 SUMS = "SELECT k, sum(v) AS s, count(*) AS n FROM t GROUP BY k"
@@ -58,57 +58,6 @@ def _find(plan: Message, kind: str) -> Message:
     return next(node for node in plan_proto.nodes(plan) if plan_proto.kind(node) == kind)
 
 
-def _distributed(node: nodes_pb2.Node, *inputs: Message) -> Message:
-    plan = PhysicalPlanNode()
-    plan.extension.node = nodes_pb2.Encoded(blob=node.SerializeToString()).SerializeToString()
-    plan.extension.inputs.extend(inputs)
-    return plan
-
-
-def _isolated(plan: Message, tasks: int) -> Message:
-    return _distributed(nodes_pb2.Node(partition_isolator=nodes_pb2.PartitionIsolator(n_tasks=tasks)), plan)
-
-
-def _network(kind: str, schema: Message, partitioning: Message, stage: nodes_pb2.Stage) -> Message:
-    network = nodes_pb2.Network(
-        schema=schema.SerializeToString(), partitioning=partitioning.SerializeToString(), input_stage=stage
-    )
-    return _distributed(nodes_pb2.Node(**{kind: network}))  # type: ignore[arg-type]
-
-
-def _stage(number: int, plan: Message, urls: Sequence[str], query: uuid.UUID | None = None) -> nodes_pb2.Stage:
-    return nodes_pb2.Stage(
-        query_id=(query or uuid.uuid4()).bytes,
-        num=number,
-        tasks=[nodes_pb2.Task(url_str=url) for url in urls],
-        plan_proto=plan.SerializeToString(),
-    )
-
-
-def _coalesce(schema: pa.Schema, partitions: int, stage: nodes_pb2.Stage) -> Message:
-    """All partitions of a stage, in one."""
-    plan = PhysicalPlanNode()
-    partitioning = plan_proto.Partitioning(unknown=partitions)
-    plan.merge.input.CopyFrom(_network("coalesce", schema_message(schema), partitioning, stage))
-    return plan
-
-
-def _url(worker: RunningWorker) -> str:
-    return f"http://{worker.address}"
-
-
-def _ticket(
-    plan: Message, partition: int = 0, index: int = 0, count: int = 0, key: plan_pb2.StageKey | None = None
-) -> bytes:
-    return plan_pb2.DoGet(
-        plan_proto=plan.SerializeToString(),
-        target_partition=partition,
-        target_task_index=index,
-        target_task_count=count,
-        stage_key=key,
-    ).SerializeToString()
-
-
 def _sums(
     session: SessionContext,
     urls: Sequence[str],
@@ -126,22 +75,15 @@ def _sums(
     partitioning.hash.partition_count = each
     below.repartition.partitioning.hash.partition_count = 2 * each
     scan = _find(below, "parquet_scan")
-    scan.CopyFrom(_isolated(scan, 2))
+    scan.CopyFrom(isolated(scan, 2))
     schema = pa.schema([("k", pa.string_view()), ("s", pa.int64()), pa.field("n", pa.int64(), nullable=False)])
-    exchange.CopyFrom(_network("shuffle", schema_message(schema), partitioning, _stage(1, below, urls, query)))
+    exchange.CopyFrom(network("shuffle", schema_message(schema), partitioning, stage(1, below, urls, query)))
     assert "repartition" not in {plan_proto.kind(node) for node in plan_proto.nodes(final)}
-    return _coalesce(schema, 2 * each, _stage(2, final, urls[::-1], query))
+    return coalesced(schema, 2 * each, stage(2, final, urls[::-1], query))
 
 
 def _rows(table: pa.Table) -> list[str]:
     return sorted(map(str, table.to_pylist()))
-
-
-async def _metadata(worker: RunningWorker, ticket: bytes, headers: Sequence[Header]) -> list[bytes]:
-    """The ``app_metadata`` of the messages of a ticket."""
-    metadata = [(name.decode(), value.decode()) for name, value in headers]
-    async with stub(worker.address) as service:
-        return [data.app_metadata async for data in service.DoGet(Flight_pb2.Ticket(ticket=ticket), metadata=metadata)]
 
 
 async def _status(worker: RunningWorker, ticket: bytes) -> tuple[grpc.StatusCode, str]:
@@ -151,8 +93,8 @@ async def _status(worker: RunningWorker, ticket: bytes) -> tuple[grpc.StatusCode
 
 async def test_stages_read_each_other(session: SessionContext) -> None:
     async with _two() as (one, other):
-        plan = _sums(session, [_url(one), _url(other)])
-        table = await fetch_one(one, _ticket(plan, count=1, key=stage_key()))
+        plan = _sums(session, [url(one), url(other)])
+        table = await fetch_one(one, ticket(plan, count=1, key=stage_key()))
         assert _rows(table) == _rows(session.sql(SUMS).to_arrow_table())
         assert table.schema == session.sql(SUMS).to_arrow_table().schema
         await until(lambda: one.worker.statistics().tasks == other.worker.statistics().tasks == 0)
@@ -163,7 +105,7 @@ async def test_stages_that_datafusion_51_has_planned(session: SessionContext) ->
     final = _planned(session, query, is_old=True)
     assert [node.filter.batch_size for node in plan_proto.nodes(final) if plan_proto.kind(node) == "filter"] == [0, 0]
     async with _two() as (one, other):
-        table = await fetch_one(one, _ticket(_sums(session, [_url(one), _url(other)], final=final), count=1))
+        table = await fetch_one(one, ticket(_sums(session, [url(one), url(other)], final=final), count=1))
     assert _rows(table) == _rows(session.sql(query).to_arrow_table()) != []
 
 
@@ -171,15 +113,15 @@ async def test_stages_that_datafusion_51_has_planned(session: SessionContext) ->
 async def test_any_number_of_partitions(session: SessionContext, each: int) -> None:
     """With 16, some are empty; a client that is no coordinator says neither a task nor a key."""
     async with _two() as (one, other):
-        table = await fetch_one(one, _ticket(_sums(session, [_url(one), _url(other)], each=each)))
+        table = await fetch_one(one, ticket(_sums(session, [url(one), url(other)], each=each)))
         assert _rows(table) == _rows(session.sql(SUMS).to_arrow_table())
 
 
 async def test_partitions_of_a_task_share_its_input(session: SessionContext) -> None:
     async with _two() as (one, other):
-        plan = _sums(session, [_url(other), _url(other)]).merge.input
+        plan = _sums(session, [url(other), url(other)]).merge.input
         key = stage_key()
-        tables = await fetch(one, [_ticket(plan, partition, 0, 1, key) for partition in range(6)])
+        tables = await fetch(one, [ticket(plan, partition, 0, 1, key) for partition in range(6)])
         assert _rows(pa.concat_tables(tables)) == _rows(session.sql(SUMS).to_arrow_table())
         assert other.worker.statistics().partitions_executed == 2 * 3 + 2 * 6
         assert one.worker.statistics().partitions_executed == 6
@@ -191,13 +133,13 @@ async def test_what_is_large_goes_through_files_that_are_deleted(session: Sessio
     spill.mkdir()
     query = "SELECT k || repeat('y', 4000) AS k, v FROM t"
     async with _two(spill_folder=spill) as (one, other):
-        stage = _planned(session, query)
+        below = _planned(session, query)
         schema = session.sql(query).to_arrow_table().schema
-        plan = _coalesce(schema, FILES, _stage(1, stage, [_url(other)])).merge.input
+        plan = coalesced(schema, FILES, stage(1, below, [url(other)])).merge.input
         key = stage_key()
-        tables = [await fetch_one(one, _ticket(plan, partition, key=key)) for partition in range(FILES - 1)]
+        tables = [await fetch_one(one, ticket(plan, partition, key=key)) for partition in range(FILES - 1)]
         assert [file for file in spill.rglob("*") if file.is_file() and file.stat().st_size > 1 << 20]
-        tables.append(await fetch_one(one, _ticket(plan, FILES - 1, key=key)))
+        tables.append(await fetch_one(one, ticket(plan, FILES - 1, key=key)))
         assert _rows(pa.concat_tables(tables)) == _rows(session.sql(query).to_arrow_table())
         await until(lambda: not [file for file in spill.glob("*/*") if file.name != "lock"])
     assert not list(spill.iterdir())
@@ -209,17 +151,17 @@ async def test_views_arrive_as_they_are_between_workers_and_plain_at_a_client_th
     expand = (b"x-datafusion-distributed-config-datafusion.optimizer.expand_views_at_output", b"true")
     compress = (b"x-datafusion-distributed-config-distributed.compression", b"zstd")
     async with _two() as (one, other):
-        plan = _sums(session, [_url(one), _url(other)])
-        table = await fetch_one(one, _ticket(plan), [expand, compress])
+        plan = _sums(session, [url(one), url(other)])
+        table = await fetch_one(one, ticket(plan), [expand, compress])
         assert table.schema.field("k").type == pa.large_string()
         assert _rows(table) == _rows(session.sql(SUMS).to_arrow_table())
 
 
 async def test_a_plan_is_described_without_reading_other_workers(session: SessionContext) -> None:
     async with _two() as (one, other):
-        plan = _sums(session, [_url(other), _url(other)]).merge.input
+        plan = _sums(session, [url(other), url(other)]).merge.input
         async with stub(one.address) as service:
-            descriptor = Flight_pb2.FlightDescriptor(type=Flight_pb2.FlightDescriptor.CMD, cmd=_ticket(plan))
+            descriptor = Flight_pb2.FlightDescriptor(type=Flight_pb2.FlightDescriptor.CMD, cmd=ticket(plan))
             info = await service.GetFlightInfo(descriptor)
         assert len(info.endpoint) == 6
         assert pa.ipc.read_schema(pa.py_buffer(info.schema)).names == ["k", "s", "n"]
@@ -229,9 +171,9 @@ async def test_a_plan_is_described_without_reading_other_workers(session: Sessio
 async def test_the_last_message_has_the_figures_of_all_tasks(session: SessionContext) -> None:
     query = uuid.uuid4()
     async with _two() as (one, other):
-        plan = _sums(session, [_url(one), _url(other)], query)
+        plan = _sums(session, [url(one), url(other)], query)
         key = plan_pb2.StageKey(query_id=query.bytes, stage_id=3)
-        *others, last = await _metadata(one, _ticket(plan, 0, 0, 1, key), [METRICS])
+        *others, last = await metadata_of(one, ticket(plan, 0, 0, 1, key), [METRICS])
         assert not any(others)
         told = plan_pb2.FlightAppMetadata.FromString(last).metrics_collection.tasks
         tasks = {(task.stage_key.stage_id, task.stage_key.task_number): task.metrics for task in told}
@@ -258,12 +200,12 @@ async def test_figures_are_sent_only_when_all_partitions_were_read(session: Sess
     async with running_worker() as worker:
         key = stage_key()
         for partition in range(FILES - 1):
-            assert not any(await _metadata(worker, _ticket(plan, partition, key=key), [METRICS]))
-        assert (await _metadata(worker, _ticket(plan, FILES - 1, key=key), [METRICS]))[-1]
+            assert not any(await metadata_of(worker, ticket(plan, partition, key=key), [METRICS]))
+        assert (await metadata_of(worker, ticket(plan, FILES - 1, key=key), [METRICS]))[-1]
         for headers in ([], [(METRICS[0], b"false")]):
             key = stage_key()
             for partition in range(FILES):
-                assert not any(await _metadata(worker, _ticket(plan, partition, key=key), headers))
+                assert not any(await metadata_of(worker, ticket(plan, partition, key=key), headers))
 
 
 async def test_figures_are_of_the_nodes_that_the_plan_came_with(session: SessionContext) -> None:
@@ -276,7 +218,7 @@ async def test_figures_are_of_the_nodes_that_the_plan_came_with(session: Session
         key = stage_key()
         plan = plan_proto.parse(executed.to_bytes())
         lasts = [
-            (await _metadata(worker, _ticket(plan, partition, key=key), [METRICS]))[-1]
+            (await metadata_of(worker, ticket(plan, partition, key=key), [METRICS]))[-1]
             for partition in range(executed.partition_count)
         ]
         assert not any(lasts[:-1])
@@ -294,18 +236,18 @@ async def test_an_isolator_leaves_a_task_its_group_of_partitions(
 ) -> None:
     plan = _planned(session, query)
     async with running_worker() as worker:
-        whole = await fetch(worker, [_ticket(plan, partition) for partition in range(FILES)])
+        whole = await fetch(worker, [ticket(plan, partition) for partition in range(FILES)])
         each = -(-FILES // tasks)
-        isolated = _isolated(plan, tasks)
+        divided = isolated(plan, tasks)
         position = 0
         for task in range(tasks):
             key = stage_key()
-            tables = await fetch(worker, [_ticket(isolated, k, task, tasks, key) for k in range(each)])
+            tables = await fetch(worker, [ticket(divided, k, task, tasks, key) for k in range(each)])
             mine = FILES // tasks + (task < FILES % tasks)
             assert [_rows(table) for table in tables[:mine]] == [_rows(t) for t in whole[position : position + mine]]
             assert [table.num_rows for table in tables[mine:]] == [0] * (each - mine)
             position += mine
-        code, text = await _status(worker, _ticket(isolated, each, 0, tasks))
+        code, text = await _status(worker, ticket(divided, each, 0, tasks))
         assert (code, text) == (
             grpc.StatusCode.INVALID_ARGUMENT,
             f"partition {each} not available: the plan has {each}",
@@ -316,9 +258,9 @@ async def test_an_isolator_leaves_a_task_its_group_of_partitions(
 async def test_an_isolator_divides_what_is_in_memory(session: SessionContext) -> None:
     batches = [[pa.record_batch({"x": [partition]})] for partition in range(5)]
     session.register_record_batches("m", batches)
-    plan = _isolated(_planned(session, "SELECT x FROM m"), 2)
+    plan = isolated(_planned(session, "SELECT x FROM m"), 2)
     async with running_worker() as worker:
-        tables = await fetch(worker, [_ticket(plan, k, task, 2) for task in range(2) for k in range(3)])
+        tables = await fetch(worker, [ticket(plan, k, task, 2) for task in range(2) for k in range(3)])
     assert [table["x"].to_pylist() for table in tables] == [[0], [1], [2], [3], [4], []]
 
 
@@ -328,24 +270,24 @@ async def test_an_isolator_divides_what_is_in_memory(session: SessionContext) ->
 async def test_an_isolator_over_what_is_not_divided_is_refused_by_name(
     session: SessionContext, query: str, kind: str
 ) -> None:
-    plan = _isolated(_find(_planned(session, query), kind), 2)
+    plan = isolated(_find(_planned(session, query), kind), 2)
     async with running_worker() as worker:
-        code, text = await _status(worker, _ticket(plan, 0, 0, 2))
+        code, text = await _status(worker, ticket(plan, 0, 0, 2))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert text.startswith(f"a partition_isolator is over a {kind} node: ")
 
 
 async def test_a_task_that_would_lose_partitions_is_refused(session: SessionContext) -> None:
-    plan = _isolated(_planned(session, "SELECT v FROM t"), 2)
+    plan = isolated(_planned(session, "SELECT v FROM t"), 2)
     async with running_worker() as worker:
-        code, text = await _status(worker, _ticket(plan))
+        code, text = await _status(worker, ticket(plan))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert text == "a partition_isolator for 2 tasks has 3 partitions, and task 0 of 1 has 5 of its input's 5"
 
 
 def _union(children: Sequence[Message], tasks: Sequence[Sequence[tuple[int, int, int]]]) -> Message:
     counts = {index: count for task in tasks for index, _, count in task}
-    inputs = [_isolated(child, counts[index]) if counts[index] > 1 else child for index, child in enumerate(children)]
+    inputs = [isolated(child, counts[index]) if counts[index] > 1 else child for index, child in enumerate(children)]
     partitions = [-(-FILES // counts[index]) for index in range(len(children))]
     node = nodes_pb2.ChildrenIsolatorUnion(
         partition_count=max(sum(partitions[index] for index, _, _ in task) for task in tasks),
@@ -354,7 +296,7 @@ def _union(children: Sequence[Message], tasks: Sequence[Sequence[tuple[int, int,
             for task in tasks
         ],
     )
-    return _distributed(nodes_pb2.Node(children_isolator_union=node), *inputs)
+    return distributed(nodes_pb2.Node(children_isolator_union=node), *inputs)
 
 
 @pytest.mark.parametrize(
@@ -376,16 +318,16 @@ async def test_a_union_of_inputs_that_are_each_some_tasks(
     async with _two() as (one, other):
         union = _union([_planned(session, each, is_old=is_old) for each in queries], tasks)
         nodes_of_all = sum(1 for _ in plan_proto.nodes(union))
-        urls = [_url(worker) for worker, _ in zip([one, other] * 2, tasks, strict=False)]
+        urls = [url(worker) for worker, _ in zip([one, other] * 2, tasks, strict=False)]
         partitions = nodes_pb2.Node.FromString(
             nodes_pb2.Encoded.FromString(union.extension.node).blob
         ).children_isolator_union.partition_count
         schema = session.sql(whole).to_arrow_table().schema
-        plan = _coalesce(schema, partitions * len(tasks), _stage(1, union, urls, query))
-        assert _rows(await fetch_one(one, _ticket(plan))) == _rows(session.sql(whole).to_arrow_table())
+        plan = coalesced(schema, partitions * len(tasks), stage(1, union, urls, query))
+        assert _rows(await fetch_one(one, ticket(plan))) == _rows(session.sql(whole).to_arrow_table())
 
         # Each task tells of all nodes, in the plan's order, whether they are its own or not.
-        last = (await _metadata(one, _ticket(plan, 0, 0, 1, stage_key()), [METRICS]))[-1]
+        last = (await metadata_of(one, ticket(plan, 0, 0, 1, stage_key()), [METRICS]))[-1]
         told = plan_pb2.FlightAppMetadata.FromString(last).metrics_collection.tasks
         below = [task.metrics for task in told if task.stage_key.query_id == query.bytes]
         assert [len(metrics) for metrics in below] == [nodes_of_all] * len(tasks)
@@ -401,9 +343,9 @@ async def test_an_error_of_an_upstream_arrives_as_it_is_and_once(session: Sessio
         return ctx.builder.build()
 
     async with running_worker(refuse) as one, running_worker(refuse) as other:
-        plan = _sums(session, [_url(other), _url(other)])
+        plan = _sums(session, [url(other), url(other)])
         async with stub(one.address) as service:
-            call = service.DoGet(Flight_pb2.Ticket(ticket=_ticket(plan)), metadata=[("authorization", "me")])
+            call = service.DoGet(Flight_pb2.Ticket(ticket=ticket(plan)), metadata=[("authorization", "me")])
             assert await status(call) == (grpc.StatusCode.PERMISSION_DENIED, "nobody reads this")
         assert set(refusals) == {"me"}
         await until(lambda: other.worker.statistics().requests == 0)
@@ -412,15 +354,15 @@ async def test_an_error_of_an_upstream_arrives_as_it_is_and_once(session: Sessio
 
 async def test_an_upstream_that_is_not_there_is_named(session: SessionContext) -> None:
     async with _two() as (one, other):
-        dead = _url(other)
+        dead = url(other)
         await other.worker.close()
-        plan = _sums(session, ["http://127.0.0.1:1", _url(one)])
-        code, text = await _status(one, _ticket(plan))
+        plan = _sums(session, ["http://127.0.0.1:1", url(one)])
+        code, text = await _status(one, ticket(plan))
         assert code is grpc.StatusCode.UNAVAILABLE
         assert text.startswith("worker http://127.0.0.1:1 is not available: ")
         assert text.count("not available") == 1
 
-        code, text = await _status(one, _ticket(_sums(session, [_url(one), dead])))
+        code, text = await _status(one, ticket(_sums(session, [url(one), dead])))
         assert (code, text) == (grpc.StatusCode.UNAVAILABLE, f"worker {dead} is not available: the worker was closed")
 
 
@@ -435,20 +377,20 @@ async def test_an_upstream_that_is_not_there_is_named(session: SessionContext) -
 )
 async def test_a_stage_that_makes_no_sense_is_refused(session: SessionContext, change: object, text: str) -> None:
     async with _two() as (one, other):
-        network = _sums(session, [_url(other), _url(other)]).merge.input
+        network = _sums(session, [url(other), url(other)]).merge.input
         encoded = nodes_pb2.Encoded.FromString(network.extension.node)
         node = nodes_pb2.Node.FromString(encoded.blob)
         change(node.coalesce.input_stage)  # type: ignore[operator]
-        code, told = await _status(one, _ticket(_distributed(node)))
+        code, told = await _status(one, ticket(distributed(node)))
         assert code is grpc.StatusCode.INVALID_ARGUMENT
         assert text in told
 
 
 async def test_a_partition_that_the_upstream_does_not_have_is_an_error(session: SessionContext) -> None:
     async with _two() as (one, other):
-        stage = _planned(session, "SELECT v FROM t")
-        plan = _coalesce(pa.schema([("v", pa.int64())]), FILES + 1, _stage(1, stage, [_url(other)]))
-        assert await _status(one, _ticket(plan)) == (
+        below = _planned(session, "SELECT v FROM t")
+        plan = coalesced(pa.schema([("v", pa.int64())]), FILES + 1, stage(1, below, [url(other)]))
+        assert await _status(one, ticket(plan)) == (
             grpc.StatusCode.INVALID_ARGUMENT,
             f"partition {FILES} not available: the plan has {FILES}",
         )
@@ -473,13 +415,13 @@ async def test_nothing_is_left_of_a_cancelled_read(session: SessionContext, tmp_
     schema = session.sql(query).to_arrow_table().schema
     settings = Settings(spill_folder=spill)
     async with running_worker(settings=settings) as one, running_worker(hang) as other:
-        stage = _planned(session, query)
+        below = _planned(session, query)
         plan = PhysicalPlanNode()
         for number in (1, 7):
-            read = _coalesce(schema, FILES, _stage(number, stage, [_url(other)]))
+            read = coalesced(schema, FILES, stage(number, below, [url(other)]))
             plan.union.inputs.add().CopyFrom(read)
         async with stub(one.address) as service:
-            call = service.DoGet(Flight_pb2.Ticket(ticket=_ticket(plan, key=stage_key())))
+            call = service.DoGet(Flight_pb2.Ticket(ticket=ticket(plan, key=stage_key())))
             await hanging.wait()
             await until(lambda: other.worker.statistics().rows_sent == FILES * ROWS)
             await until(lambda: bool(list(spill.glob("*/*/*"))))
@@ -500,12 +442,12 @@ async def test_a_read_that_failed_is_done_anew_by_the_next_to_ask(session: Sessi
         return ctx.builder.build()
 
     async with running_worker() as one, running_worker(refuse) as other:
-        plan = _sums(session, [_url(other), _url(other)]).merge.input
+        plan = _sums(session, [url(other), url(other)]).merge.input
         key = stage_key()
-        ticket = partial(_ticket, plan, index=0, count=1, key=key)
-        assert await _status(one, ticket(0)) == (grpc.StatusCode.PERMISSION_DENIED, "not yet")
+        part = partial(ticket, plan, index=0, count=1, key=key)
+        assert await _status(one, part(0)) == (grpc.StatusCode.PERMISSION_DENIED, "not yet")
         refuses = False
-        tables = await fetch(one, [ticket(partition) for partition in range(6)])
+        tables = await fetch(one, [part(partition) for partition in range(6)])
         assert _rows(pa.concat_tables(tables)) == _rows(session.sql(SUMS).to_arrow_table())
 
 
@@ -518,10 +460,10 @@ async def test_a_cancelled_partition_does_not_end_the_input_of_the_others(sessio
         return ctx.builder.build()
 
     async with running_worker() as one, running_worker(wait) as other, stub(one.address) as service:
-        plan = _sums(session, [_url(other), _url(other)]).merge.input
+        plan = _sums(session, [url(other), url(other)]).merge.input
         key = stage_key()
-        cancelled = service.DoGet(Flight_pb2.Ticket(ticket=_ticket(plan, 0, 0, 1, key)))
-        others = asyncio.ensure_future(fetch(one, [_ticket(plan, partition, 0, 1, key) for partition in range(1, 6)]))
+        cancelled = service.DoGet(Flight_pb2.Ticket(ticket=ticket(plan, 0, 0, 1, key)))
+        others = asyncio.ensure_future(fetch(one, [ticket(plan, partition, 0, 1, key) for partition in range(1, 6)]))
         await asked.wait()
         await until(lambda: one.worker.statistics().requests == 6)
         cancelled.cancel()
@@ -529,16 +471,16 @@ async def test_a_cancelled_partition_does_not_end_the_input_of_the_others(sessio
         go.set()
         tables = await others
         # Its partition is executed again, on another instance.
-        tables += await fetch(one, [_ticket(plan, 0, 0, 1, key)])
+        tables += await fetch(one, [ticket(plan, 0, 0, 1, key)])
         assert _rows(pa.concat_tables(tables)) == _rows(session.sql(SUMS).to_arrow_table())
 
 
 async def test_a_stage_key_stands_for_one_task(session: SessionContext) -> None:
-    plan = _isolated(_planned(session, "SELECT v FROM t"), 2)
+    plan = isolated(_planned(session, "SELECT v FROM t"), 2)
     async with running_worker() as worker:
         key = stage_key()
-        await fetch_one(worker, _ticket(plan, 0, 0, 2, key))
-        code, text = await _status(worker, _ticket(plan, 0, 1, 2, key))
+        await fetch_one(worker, ticket(plan, 0, 0, 2, key))
+        code, text = await _status(worker, ticket(plan, 0, 1, 2, key))
     assert code is grpc.StatusCode.FAILED_PRECONDITION
     assert "already stands for task 0 of 2, this is 1 of 2" in text
 
@@ -586,11 +528,11 @@ def test_nodes_of_later_coordinators_are_refused_by_name(kind: str) -> None:
     node = nodes_pb2.Node()
     getattr(node, kind).SetInParent()
     with pytest.raises(InvalidPlan, match=f"the plan has a {kind} node, which is not for plans in tickets"):
-        flight_rewrite.rewrite(_distributed(node), Place(0, 1), lambda _: 1, is_coordinated=True)
+        flight_rewrite.rewrite(distributed(node), Place(0, 1), lambda _: 1, is_coordinated=True)
 
 
 def test_a_coalesce_node_is_for_the_first_task() -> None:
     node = nodes_pb2.Node()
     node.coalesce.SetInParent()
     with pytest.raises(InvalidPlan, match="so task 1 can have none"):
-        flight_rewrite.rewrite(_distributed(node), Place(1, 2), lambda _: 1, is_coordinated=True)
+        flight_rewrite.rewrite(distributed(node), Place(1, 2), lambda _: 1, is_coordinated=True)
