@@ -331,6 +331,8 @@ async def test_a_union_of_inputs_that_are_each_some_tasks(
         told = plan_pb2.FlightAppMetadata.FromString(last).metrics_collection.tasks
         below = [task.metrics for task in told if task.stage_key.query_id == query.bytes]
         assert [len(metrics) for metrics in below] == [nodes_of_all] * len(tasks)
+        rows = [metric.output_rows.value for metrics in below for metric in metrics[0].metrics]
+        assert sum(rows) == session.sql(whole).count()
 
 
 async def test_an_error_of_an_upstream_arrives_as_it_is_and_once(session: SessionContext) -> None:

@@ -16,9 +16,9 @@ from worker.cluster.folder import ExchangeFolder
 from worker.cluster.intake import Intake, Store
 from worker.cluster.merge import together
 from worker.cluster.nodes import Leaf, Place, Read
-from worker.cluster.rewrite import Rewritten, executed
+from worker.cluster.rewrite import Origin, Rewritten, executed
 from worker.cluster.settings import passed_on
-from worker.config import MEBIBYTE
+from worker.cluster.task import HELD_BYTES
 from worker.errors import InvalidRequest
 from worker.headers import Headers
 from worker.plan_proto import Message as PlanMessage
@@ -30,9 +30,6 @@ from worker.ticket import PlanTicket, StageKey
 DO_GET = "/arrow.flight.protocol.FlightService/DoGet"
 
 COLLECT_METRICS = output.CONFIG_PREFIX + "distributed.collect_metrics"
-
-# So much of a leaf's input is held in memory.
-HELD_BYTES = 4 * MEBIBYTE
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +85,9 @@ class FlightInput:
         Raises:
             WorkerError: a worker that it reads from failed.
         """
+        # There was an attempt, whose input came in vain: whoever waited for it went away.
+        if self._store is not None:
+            await self._store.close()
         self._store = store = Store(self._exchange.folder.new(), self._session)
         try:
             await together(
@@ -157,15 +157,18 @@ def collects_metrics(headers: Headers) -> bool:
 
 def app_metadata(task: Task, key: StageKey) -> bytes:
     """The figures of a task that has been executed, and of those below it. Blocks for some milliseconds."""
-    nodes = task.executed()
     collection = plan_pb2.MetricsCollection()
+    figures = []
     if isinstance(task.input, FlightInput):
-        # Network nodes have none: those of the tasks that they read are in their place.
-        origins = task.input.rewritten.origins
-        nodes = [node for node, origin in executed(nodes, origins) if not isinstance(origin, Leaf)]
         collection.tasks.extend(task.input.figures.values())
-    own = collection.tasks.add(stage_key=key.to_proto())
-    own.metrics.extend(_in_ticket_dialect(metrics.of_node(node.metrics() if node else None)) for node in nodes)
+        for node, origin in executed(task.executed(), task.input.rewritten.origins):
+            # Network nodes have none: those of the tasks that they read are in their place.
+            if not isinstance(origin, Leaf):
+                of_node = metrics.of_node(node.metrics() if node else None)
+                figures.append(metrics.of_output(of_node) if origin is Origin.PASSED else of_node)
+    else:
+        figures = [metrics.of_node(node.metrics() if node else None) for node in task.executed()]
+    collection.tasks.add(stage_key=key.to_proto(), metrics=map(_in_ticket_dialect, figures))
     return plan_pb2.FlightAppMetadata(metrics_collection=collection).SerializeToString()
 
 

@@ -93,10 +93,10 @@ def executed(
         node = nodes[place] if place < len(nodes) and origin is not Origin.GONE else None
         if origin is not Origin.ADDED:
             yield node, origin
-        if origin not in {Origin.GONE, Origin.PASSED}:
-            place += 1
+        place += origin not in _NOT_EXECUTED
 
 
+_NOT_EXECUTED = frozenset({Origin.GONE, Origin.PASSED})
 _NETWORK = frozenset({"shuffle", "coalesce", "network_broadcast"})
 
 
@@ -184,7 +184,7 @@ class Rewriter:
             first = len(origins)
             self.rewrite(part, Place(child.task_idx, child.task_count))
             if self.lists_all_inputs and child.child_idx < listed:
-                origins[first:] = [Origin.ADDED] * sum(origin is not Origin.GONE for origin in origins[first:])
+                origins[first:] = [Origin.ADDED for origin in origins[first:] if origin not in _NOT_EXECUTED]
             listed = max(listed, child.child_idx + 1)
             partitions += self._count_partitions(part)
         origins += [Origin.GONE] * sum(sizes[listed:])
