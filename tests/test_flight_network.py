@@ -302,6 +302,7 @@ def _union(children: Sequence[Message], tasks: Sequence[Sequence[tuple[int, int,
 @pytest.mark.parametrize(
     "tasks",
     [
+        [[(0, 0, 1)], [(1, 0, 1)], [(2, 0, 1)]],
         [[(0, 0, 1)], [(1, 0, 1), (2, 0, 1)]],
         [[(0, 0, 1), (1, 0, 1), (2, 0, 1)]],
         [[(0, 0, 2), (0, 1, 2)], [(1, 0, 2)], [(1, 1, 2), (2, 0, 1)]],
@@ -331,8 +332,9 @@ async def test_a_union_of_inputs_that_are_each_some_tasks(
         told = plan_pb2.FlightAppMetadata.FromString(last).metrics_collection.tasks
         below = [task.metrics for task in told if task.stage_key.query_id == query.bytes]
         assert [len(metrics) for metrics in below] == [nodes_of_all] * len(tasks)
-        rows = [metric.output_rows.value for metrics in below for metric in metrics[0].metrics]
-        assert sum(rows) == session.sql(whole).count()
+        of_unions = [metric for metrics in below for metric in metrics[0].metrics]
+        assert sum(metric.output_rows.value for metric in of_unions) == session.sql(whole).count()
+        assert not {metric.WhichOneof("value") for metric in of_unions} & {"count", "gauge", "time"}
 
 
 async def test_an_error_of_an_upstream_arrives_as_it_is_and_once(session: SessionContext) -> None:
