@@ -30,8 +30,8 @@ def keep_freed_memory() -> None:
 def restart_keeping_engine_memory() -> None:
     """Starts this program anew with the environment that DataFusion's allocator is to have, unless it has it.
 
-    DataFusion's Python package has mimalloc inside, which looks at its variables when it is loaded, and whose default is
-    to give freed memory back after 10 ms: in a cluster a seventh of all time went into zeroed pages.
+    DataFusion's Python package has mimalloc inside, which looks at its variables when it is loaded. Its default is to
+    give freed memory back after 10 ms: in a cluster a seventh of all time went into zeroed pages.
     """
     if _PURGE_DELAY not in os.environ:
         os.environ[_PURGE_DELAY] = str(PURGE_MILLISECONDS)

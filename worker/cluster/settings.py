@@ -18,8 +18,8 @@ from worker.session import SessionStateBuilder
 _DISTRIBUTED = CONFIG_PREFIX + "distributed."
 _DATAFUSION = CONFIG_PREFIX + "datafusion."
 
-# Rows of a batch where neither the coordinator nor the session builder says. DataFusion's default of 8192 makes messages
-# of a tenth of what is sent fastest, since each batch is divided among the partitions of a shuffle.
+# Rows of a batch where neither the coordinator nor the session builder says. With DataFusion's default of 8192 messages
+# are a tenth of what is sent fastest, since a batch is of one partition of a shuffle.
 BATCH_SIZE = 32768
 
 # What gRPC itself puts into the metadata of a request, or reads from it: not to be passed on.
