@@ -38,6 +38,7 @@ SESSION_MESSAGES = {
     "CloseSessionResult": {"status": (1, "enum")},
 }
 
+OWN_FIGURES = ("OutputRows", "ElapsedCompute", "SpillCount", "SpilledBytes", "SpilledRows", "CurrentMemoryUsage")
 PLAN_MESSAGES = {
     "DoGet": {
         "plan_proto": (1, "bytes"),
@@ -47,6 +48,29 @@ PLAN_MESSAGES = {
         "stage_key": (5, "message"),
     },
     "StageKey": {"query_id": (1, "bytes"), "stage_id": (2, "uint64"), "task_number": (3, "uint64")},
+    "FlightAppMetadata": {"metrics_collection": (1, "message")},
+    "MetricsCollection": {"tasks": (1, "message")},
+    "TaskMetrics": {"stage_key": (1, "message"), "metrics": (2, "message")},
+    "MetricsSet": {"metrics": (1, "message")},
+    "Metric": {
+        "output_rows": (1, "message"),
+        "elapsed_compute": (2, "message"),
+        "spill_count": (3, "message"),
+        "spilled_bytes": (4, "message"),
+        "spilled_rows": (5, "message"),
+        "current_memory_usage": (6, "message"),
+        "count": (7, "message"),
+        "gauge": (8, "message"),
+        "time": (9, "message"),
+        "start_timestamp": (10, "message"),
+        "end_timestamp": (11, "message"),
+        "labels": (12, "message"),
+        "partition": (13, "uint64"),
+    },
+    **{name: {"value": (1, "uint64")} for name in OWN_FIGURES},
+    **{name: {"name": (1, "string"), "value": (2, "uint64")} for name in ("NamedCount", "NamedGauge", "NamedTime")},
+    **{name: {"value": (1, "int64")} for name in ("StartTimestamp", "EndTimestamp")},
+    "Label": {"name": (1, "string"), "value": (2, "string")},
 }
 
 
