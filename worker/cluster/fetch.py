@@ -81,6 +81,7 @@ class _Fetching:
         call = execute_task(request, metadata=self.source.headers)
         with upstream_errors(read.url, call):
             async for data in call:
+                start = time.perf_counter_ns()
                 header, metadata, body = flight_data.parse(data)
                 about = worker_pb2.FlightAppMetadata.FromString(bytes(metadata))
                 offset = about.partition - read.first
@@ -91,6 +92,8 @@ class _Fetching:
                 created = about.created_timestamp_unix_nanos
                 rows = row_count(message.header)
                 self.figures.message_received(slot, rows, len(data), created, time.time_ns())
+                self.figures.max_memory = max(self.figures.max_memory, self.intake.held + len(data))
+                self.figures.elapsed_compute += time.perf_counter_ns() - start
                 await self.intake.add(slot, index, *message)
 
 

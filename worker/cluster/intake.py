@@ -2,7 +2,7 @@
 
 import asyncio
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +31,14 @@ class Store:
         self.url = f"{STORE_SCHEME}{folder.name}/"
         self._session = session
         self._is_registered = False
+        self._writing: set[asyncio.Future[None]] = set()
+
+    async def write(self, tasks: Tasks, write: Callable[[], None]) -> None:
+        """Writes in a thread, which goes on if who waits for it is cancelled."""
+        writing = tasks.in_thread(write)
+        self._writing.add(writing)
+        writing.add_done_callback(self._writing.discard)
+        await asyncio.shield(writing)
 
     def register(self) -> None:
         """Lets the session read it, once it is there."""
@@ -41,7 +49,9 @@ class Store:
             self._is_registered = True
 
     async def close(self) -> None:
-        """Deletes it, and lets go of the session."""
+        """Deletes it, once nothing is written any more, and lets go of the session."""
+        if self._writing:
+            await asyncio.wait(self._writing)
         if self._is_registered:
             self._session.deregister_object_store(STORE_SCHEME, self.folder.name)
         del self._session
@@ -76,7 +86,12 @@ class Intake:
         while self._received.held > self._held_bytes:
             async with self._writing:
                 if self._received.held > self._held_bytes:
-                    await self._tasks.in_thread(self._received.flush)
+                    await self._store.write(self._tasks, self._received.flush)
+
+    @property
+    def held(self) -> int:
+        """Bytes in memory."""
+        return self._received.held
 
     async def scan(self, partitioning: PlanMessage | None) -> PlanMessage:
         """A scan of everything that was added.
@@ -85,8 +100,11 @@ class Intake:
             partitioning: what the plan has to be told of how rows are distributed over the partitions, if anything.
         """
         to_files = partitioning is not None
-        is_small = self._received.held <= INLINE and not to_files and not self._received.is_in_files
-        await self._tasks.in_thread_if(not is_small, partial(self._received.finish, to_files=to_files))
+        finish = partial(self._received.finish, to_files=to_files)
+        if self._received.held > INLINE or to_files or self._received.is_in_files:
+            await self._store.write(self._tasks, finish)
+        else:
+            finish()
         if self._received.is_in_files:
             self._store.register()
         return self._received.scan(self._store.url, partitioning)
