@@ -7,7 +7,8 @@ whatever else the machine does slows down both. It needs:
   coordinator (``ddf query``) and the Rust worker (``ddf worker PORT``);
 - ``--data``: a folder with TPC-H's tables, a Parquet file each (``tpchgen-cli parquet -s 1 --output-dir=DIR``).
 
-A Markdown table of the medians is printed, each run's time being the coordinator's, without the start of its process.
+A Markdown table is printed: of each query the medians, and the median of its turns' ratios. A run's time is the
+coordinator's, without the start of its process.
 """
 
 import argparse
@@ -17,13 +18,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
+from typing import TypeAlias
 
 from benchmarks.report import print_circumstances
 from benchmarks.servers import running, running_worker
+
+# Milliseconds of a query on Python's workers, and right after on Rust's.
+Turn: TypeAlias = tuple[float, float]
 
 ROUNDS = 5
 QUERIES = Path(__file__).parent.parent / "tests" / "data" / "tpch"
@@ -44,11 +49,13 @@ def main() -> None:
         theirs = [stack.enter_context(_rust_worker(ddf)) for _ in range(MEMBERS)]
         print_circumstances(options)
         print("\n| query | Python workers, ms | Rust workers, ms | ratio |\n| --- | ---: | ---: | ---: |")
-        rows = [_row(ddf, options, name, ours, theirs) for name in names]
-    total = (sum(row[0] for row in rows), sum(row[1] for row in rows))
-    _print_row("**total**", *total)
-    slowest = max(python / rust for python, rust in rows)
-    print(f"\nAim: {TARGET} in total (is {total[0] / total[1]:.2f}), {MOST_OF_A_QUERY} at most (is {slowest:.2f}).")
+        queries = [_query(ddf, options, name, ours, theirs) for name in names]
+    totals = [
+        (sum(python), sum(rust)) for python, rust in (zip(*turn, strict=True) for turn in zip(*queries, strict=True))
+    ]
+    _print_row("**total**", totals)
+    slowest = max(_ratio(turns) for turns in queries)
+    print(f"\nAim: {TARGET} in total (is {_ratio(totals):.2f}), {MOST_OF_A_QUERY} at most (is {slowest:.2f}).")
 
 
 def _arguments() -> argparse.Namespace:
@@ -59,13 +66,14 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _row(ddf: str, options: argparse.Namespace, name: str, ours: list[str], theirs: list[str]) -> tuple[float, float]:
-    """The median milliseconds of a query on either cluster, which are printed as well."""
-    turns = [tuple(_run(ddf, options.data, name, urls) for urls in (ours, theirs)) for _ in range(options.rounds + 1)]
-    # The first of each is for connections, and for files to be in the system's cache.
-    python, rust = (median(side[1:]) for side in zip(*turns, strict=True))
-    _print_row(name, python, rust)
-    return python, rust
+def _query(ddf: str, options: argparse.Namespace, name: str, ours: list[str], theirs: list[str]) -> list[Turn]:
+    """The turns of a query, whose medians are printed."""
+    turns = [
+        (_run(ddf, options.data, name, ours), _run(ddf, options.data, name, theirs)) for _ in range(options.rounds + 1)
+    ]
+    # The first is for connections, and for files to be in the system's cache.
+    _print_row(name, turns[1:])
+    return turns[1:]
 
 
 def _run(ddf: str, data: Path, name: str, urls: list[str]) -> float:
@@ -78,8 +86,14 @@ def _run(ddf: str, data: Path, name: str, urls: list[str]) -> float:
     return float(found[1])
 
 
-def _print_row(name: str, python: float, rust: float) -> None:
-    print(f"| {name} | {python:,.0f} | {rust:,.0f} | {python / rust:.2f} |", flush=True)
+def _print_row(name: str, turns: Sequence[Turn]) -> None:
+    python, rust = (median(side) for side in zip(*turns, strict=True))
+    print(f"| {name} | {python:,.0f} | {rust:,.0f} | {_ratio(turns):.2f} |", flush=True)
+
+
+def _ratio(turns: Sequence[Turn]) -> float:
+    """The median of the ratios of turns."""
+    return median(python / rust for python, rust in turns)
 
 
 @contextmanager
