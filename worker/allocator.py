@@ -11,7 +11,7 @@ KEPT_BYTES = 64 << 20
 LARGEST_KEPT_BLOCK = 32 << 20
 
 # After which DataFusion gives back what it has freed.
-PURGE_MILLISECONDS = 500
+PURGE_MILLISECONDS = 200
 _PURGE_DELAY = "MIMALLOC_PURGE_DELAY"
 
 # From glibc's malloc.h.

@@ -1,5 +1,6 @@
 """All settings of a worker, in one model: defaults here, then ``WORKER_…`` variables, then the command line."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
@@ -22,14 +23,19 @@ Urls: TypeAlias = Annotated[
 Compression: TypeAlias = Literal["none", "lz4", "zstd"]
 
 
+# Of a control group's version 2, and of version 1.
+MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
 def usable_memory() -> int:
     """Bytes of memory that this process may use: the machine's, or the control group's limit where that is less."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return machine
-    return machine if limit == "max" else min(machine, int(limit))
+    usable = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for file in MEMORY_LIMITS:
+        with contextlib.suppress(OSError):
+            limit = file.read_text().strip()
+            if limit != "max":
+                usable = min(usable, int(limit))
+    return usable
 
 
 class Settings(BaseSettings):

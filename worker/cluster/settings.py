@@ -20,7 +20,7 @@ _DATAFUSION = CONFIG_PREFIX + "datafusion."
 
 # Rows of a batch where neither the coordinator nor the session builder says. With DataFusion's default of 8192 messages
 # are a tenth of what is sent fastest, since a batch is of one partition of a shuffle.
-BATCH_SIZE = 32768
+BATCH_SIZE = 16384
 
 # What gRPC itself puts into the metadata of a request, or reads from it: not to be passed on.
 _TRANSPORT = ("user-agent", "te", "content-type", "grpc-", ":")
