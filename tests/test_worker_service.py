@@ -205,6 +205,7 @@ def scan(folder: Path, rows: int = 100) -> bytes:
         ({"distributed.shuffle_batch_size": "10"}, 10),
         ({"datafusion.execution.batch_size": "20"}, 5),
         ({"datafusion.execution.batch_size": "20", "distributed.shuffle_batch_size": "0"}, 5),
+        ({"datafusion.execution.batch_size": "20", "distributed.shuffle_batch_size": "10"}, 10),
     ],
     ids=str,
 )
