@@ -330,8 +330,14 @@ def extension(node: nodes_pb2.Encoded | bytes) -> plan_proto.Message:
             nodes_pb2.Encoded(blob=nodes_pb2.Node(sampler=nodes_pb2.Sampler()).SerializeToString()),
             "a sampler node has 0 inputs: it must have one",
         ),
+        (
+            nodes_pb2.Encoded(
+                blob=nodes_pb2.Node(shuffle=nodes_pb2.Network(partitioning=b"rubbish")).SerializeToString()
+            ),
+            "7 bytes of the plan are not a datafusion.Partitioning",
+        ),
     ],
-    ids=["unknown", "empty", "rubbish", "of old", "no input"],
+    ids=["unknown", "empty", "rubbish", "of old", "no input", "no partitioning"],
 )
 async def test_a_node_that_nobody_knows_is_refused_by_name(node: nodes_pb2.Encoded | bytes, text: str) -> None:
     async with running_worker() as running:
@@ -399,10 +405,14 @@ async def test_a_partition_is_read_once(head: Head) -> None:
     [
         (None, "the request has no producer_head: none, broadcast or repartition is right"),
         (worker_pb2.RepartitionExecHead(), "the task's head has no partitioning: it must be a datafusion.Partitioning"),
+        (
+            worker_pb2.RepartitionExecHead(partitioning=b"rubbish"),
+            "7 bytes of the plan are not a datafusion.Partitioning",
+        ),
         (worker_pb2.BroadcastExecHead(), "partitions 0 to 1 were asked for of a task that has 0"),
         (repartition(plan_proto.Partitioning(round_robin=0)), "partitions 0 to 1 were asked for of a task that has 0"),
     ],
-    ids=["missing", "empty", "broadcast to nobody", "into nothing"],
+    ids=["missing", "empty", "rubbish", "broadcast to nobody", "into nothing"],
 )
 async def test_a_head_that_makes_no_sense_is_refused(head: Head | None, text: str) -> None:
     async with running_worker() as running, coordinated(running, plan_of([1])) as task:
