@@ -400,6 +400,16 @@ async def test_a_partition_is_read_once(head: Head) -> None:
         assert values((await task.read(range(1, 2), head))[1]) == [2]
 
 
+async def test_the_head_of_a_task_is_that_of_its_first_request() -> None:
+    heads: list[Head] = [worker_pb2.BroadcastExecHead(output_partitions=4), NONE, repartition(hashed(0, 3))]
+    async with running_worker() as running:
+        for first, partitions, rows in zip(heads, (4, 2, 3), ([1, 1, 2, 2], [1, 2], [1, 2]), strict=True):
+            for other in heads:
+                async with coordinated(running, plan_of([1], [2])) as task:
+                    tables = await task.read(range(1), first) | await task.read(range(1, partitions), other)
+                    assert all_values(tables.values()) == rows
+
+
 @pytest.mark.parametrize(
     ("head", "text"),
     [

@@ -78,6 +78,7 @@ class ClusterTask:
         self._loads: asyncio.Queue[worker_pb2.LoadInfo | None] = asyncio.Queue()
         self._plan_bytes = b""
         self._asked: set[int] = set()
+        self._head: Head | None = None
         self._closed = False
         self._segments: list[tuple[ExecutionPlan, Origins]] = []
         self._replays: dict[int, Replay] = {}
@@ -106,11 +107,12 @@ class ClusterTask:
         """
         try:
             if self._output is None and not self._closed:
+                self._head = head
                 self._output = self._own(self._prepare(head))
             instance, count = await self._has(self._output)
             self._take(partitions, count)
             with ExitStack() as opened:
-                if isinstance(head, worker_pb2.BroadcastExecHead):
+                if isinstance(self._head, worker_pb2.BroadcastExecHead):
                     inputs = instance.partition_count
                     sources = {p: self._replay(instance, p % inputs, compression).messages() for p in partitions}
                 else:
