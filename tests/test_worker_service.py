@@ -478,6 +478,24 @@ async def test_a_task_is_found_by_its_own_authorization_and_without_any_by_its_k
         assert values((await task.read(range(1, 2)))[1]) == [2]
 
 
+async def test_a_cancelled_coordinator_ends_whoever_reads_the_task(tmp_path: Path) -> None:
+    settings = Settings(spill_folder=tmp_path)
+    async with (
+        running_worker(settings=settings) as running,
+        service(running) as client,
+        coordinated(running, endless()) as task,
+    ):
+        reading = client.ExecuteTask(execute_request(task.key, range(1)))
+        await anext(aiter(reading))
+        assert running.worker.statistics().streams == 1
+        task.call.cancel()
+        ended = await asyncio.wait_for(status(reading), 2)
+        assert ended == (grpc.StatusCode.CANCELLED, "the coordinator ended the query")
+        held = running.worker.statistics
+        await until(lambda: not (held().requests + held().tasks + held().streams))
+        assert files(tmp_path) == {"lock"}
+
+
 async def test_a_reader_that_goes_away_leaves_the_task_for_others() -> None:
     async with running_worker() as running, service(running) as client:
         plan = plan_proto.PhysicalPlanNode()

@@ -83,6 +83,7 @@ class ClusterTask:
         self._segments: list[tuple[ExecutionPlan, Origins]] = []
         self._replays: dict[int, Replay] = {}
         self._running: list[asyncio.Future[Any]] = []
+        self._streams: set[PartitionStream] = set()
         self._input: asyncio.Future[None] | None = self._own(self._fetch_all())
         self._sampling = self._own(self._sample()) if rewritten.is_sampled else None
         self._output: asyncio.Future[tuple[ExecutionPlan, int]] | None = None
@@ -172,6 +173,8 @@ class ClusterTask:
         self._closed = True
         for running in self._running:
             running.cancel()
+        for stream in self._streams:
+            stream.close()
         await asyncio.gather(*self._running, return_exceptions=True)
         self._segments.clear()
         for replay in self._replays.values():
@@ -251,7 +254,15 @@ class ClusterTask:
 
         with plan.execution_errors():
             streams = await asyncio.shield(self._own(self._tasks.in_thread(execute)))
-        return [opened.enter_context(self._tasks.open(self._tasks.stream(stream))) for stream in streams]
+        if self._closed:
+            raise QueryEnded("the coordinator ended the query")
+        return [self._open(stream, opened) for stream in streams]
+
+    def _open(self, executed: Any, opened: ExitStack) -> PartitionStream:
+        stream = opened.enter_context(self._tasks.open(self._tasks.stream(executed)))
+        self._streams.add(stream)
+        opened.callback(self._streams.discard, stream)
+        return stream
 
     async def _encoded(
         self, stream: PartitionStream, compression: Compression, load: Load | None = None
