@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import grpc
@@ -14,18 +13,24 @@ from datafusion import SessionConfig, SessionContext, udf
 from support import read_messages, status, until
 from worker_service import (
     CONFIG,
+    INVALID,
     NONE,
+    NUMBERS,
     Head,
+    all_values,
     coordinated,
     execute_request,
+    files,
     hashed,
     messages,
+    plan_of,
     read,
     refusal,
     refused_read,
     repartition,
     service,
     task_key,
+    values,
 )
 
 from worker import PermissionDenied, Settings, WorkerQueryContext, plan_proto
@@ -34,33 +39,10 @@ from worker.message import Message
 from worker.proto import nodes_pb2, worker_pb2
 from worker.testing import running_worker
 
-INVALID = grpc.StatusCode.INVALID_ARGUMENT
-NUMBERS = pa.schema([pa.field("x", pa.int64())])
-
-
-def plan_of(*partitions: Sequence[int], query: str = "SELECT x + 0 AS x FROM t", executions: str = "1") -> bytes:
-    """A plan over a table in memory of one column, ``x``."""
-    session = SessionContext(SessionConfig({"datafusion.execution.target_partitions": executions}))
-    session.register_record_batches("t", [[pa.record_batch({"x": pa.array(each, pa.int64())})] for each in partitions])
-    return session.sql(query).execution_plan().to_bytes()
-
 
 def endless() -> bytes:
     """A plan of one partition that does not end."""
     return SessionContext().sql("SELECT value AS x FROM generate_series(1, 1000000000000)").execution_plan().to_bytes()
-
-
-def values(table: pa.Table) -> list[int]:
-    return sorted(table["x"].to_pylist())
-
-
-def all_values(tables: Iterable[pa.Table]) -> list[int]:
-    return values(pa.concat_tables(tables))
-
-
-def files(folder: Path) -> set[str]:
-    """The names of all files below a folder."""
-    return {file.name for file in folder.rglob("*") if file.is_file()}
 
 
 async def test_a_task_that_is_asked_for_before_its_plan_has_come_is_waited_for() -> None:

@@ -4,10 +4,12 @@ import uuid
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import grpc
 import pyarrow as pa
+from datafusion import SessionConfig, SessionContext
 from flight_plans import distributed, url
 from support import read_messages
 
@@ -19,6 +21,8 @@ from worker.testing import RunningWorker
 
 CONFIG = "x-datafusion-distributed-config-"
 NONE = worker_pb2.NoneHead()
+INVALID = grpc.StatusCode.INVALID_ARGUMENT
+NUMBERS = pa.schema([pa.field("x", pa.int64())])
 
 Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
 Head: TypeAlias = worker_pb2.NoneHead | worker_pb2.BroadcastExecHead | worker_pb2.RepartitionExecHead
@@ -209,3 +213,25 @@ def reads(
         input_stage=nodes_pb2.Stage(query_id=query, num=stage, tasks=[nodes_pb2.Task(url_str=each) for each in urls]),
     )
     return distributed(nodes_pb2.Node(**{kind: network}))  # type: ignore[arg-type]
+
+
+def plan_of(*partitions: Sequence[int], query: str = "SELECT x + 0 AS x FROM t", executions: str = "1") -> bytes:
+    """A plan over a table in memory of one column, ``x``."""
+    session = SessionContext(SessionConfig({"datafusion.execution.target_partitions": executions}))
+    session.register_record_batches("t", [[pa.record_batch({"x": pa.array(each, pa.int64())})] for each in partitions])
+    return session.sql(query).execution_plan().to_bytes()
+
+
+def values(table: pa.Table) -> list[int]:
+    """What is in the column of a table, in order."""
+    return sorted(table["x"].to_pylist())
+
+
+def all_values(tables: Iterable[pa.Table]) -> list[int]:
+    """What is in the columns of tables, in order."""
+    return values(pa.concat_tables(tables))
+
+
+def files(folder: Path) -> set[str]:
+    """The names of all files below a folder."""
+    return {file.name for file in folder.rglob("*") if file.is_file()}
