@@ -400,6 +400,34 @@ async def test_a_url_that_makes_no_sense_is_named(source: str) -> None:
         assert repr(source) in text
 
 
+SCHEMA, BATCH = sent(0, batch(1, 2, 3))
+RUBBISH = {
+    "of another partition": sent(1, batch(1)),
+    "no schema": [BATCH],
+    "no metadata of Arrow's": [worker_pb2.FlightData(data_header=b"rubbish", data_body=b"rubbish")],
+    "none at all": [worker_pb2.FlightData()],
+    "cut": [SCHEMA, worker_pb2.FlightData(data_header=BATCH.data_header[:20], data_body=BATCH.data_body)],
+    "less than it says": [SCHEMA, worker_pb2.FlightData(data_header=BATCH.data_header, data_body=BATCH.data_body[:8])],
+    "no partition": [worker_pb2.FlightData(data_header=SCHEMA.data_header, app_metadata=b"rubbish")],
+}
+
+
+@pytest.mark.parametrize("messages", RUBBISH.values(), ids=RUBBISH)
+async def test_a_worker_that_answers_with_rubbish_is_named(messages: list[worker_pb2.FlightData]) -> None:
+    async def answer(request: worker_pb2.ExecuteTaskRequest, context: Context) -> AsyncIterator[worker_pb2.FlightData]:
+        for message in messages:
+            yield message
+
+    async with (
+        running_worker() as running,
+        upstream(answer) as source,
+        coordinated(running, shuffle(1, [source], task_key().query_id)) as task,
+    ):
+        code, text = await refused_read(running, task.key)
+        assert code is grpc.StatusCode.INTERNAL
+        assert text.startswith(f"worker {source} does not answer rightly: ")
+
+
 async def test_a_cancelled_query_leaves_nothing_of_what_it_was_reading(tmp_path: Path) -> None:
     hanging, cancelled = asyncio.Event(), asyncio.Event()
 
