@@ -460,14 +460,15 @@ async def test_a_task_is_found_by_its_own_authorization_and_without_any_by_its_k
         assert values((await task.read(range(1, 2)))[1]) == [2]
 
 
-async def test_a_cancelled_coordinator_ends_whoever_reads_the_task(tmp_path: Path) -> None:
+@pytest.mark.parametrize("head", [NONE, worker_pb2.BroadcastExecHead(output_partitions=1)], ids=["none", "broadcast"])
+async def test_a_cancelled_coordinator_ends_whoever_reads_the_task(head: Head, tmp_path: Path) -> None:
     settings = Settings(spill_folder=tmp_path)
     async with (
         running_worker(settings=settings) as running,
         service(running) as client,
         coordinated(running, endless()) as task,
     ):
-        reading = client.ExecuteTask(execute_request(task.key, range(1)))
+        reading = client.ExecuteTask(execute_request(task.key, range(1), head))
         await anext(aiter(reading))
         assert running.worker.statistics().streams == 1
         task.call.cancel()
