@@ -4,7 +4,7 @@ import asyncio
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -18,19 +18,18 @@ from datafusion import SessionConfig, SessionContext
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from pydantic import ValidationError
 from support import status, until
+from worker_service import NUMBERS, Metadata, coordinated, read, reads, task_key
 
 import worker
 from worker import plan_proto
 from worker.cluster import members
 from worker.cluster.process import CpuUsage, resident_bytes
 from worker.config import Settings
-from worker.plan import schema_message
-from worker.proto import nodes_pb2, observability_pb2, observability_pb2_grpc, worker_pb2, worker_pb2_grpc
+from worker.proto import observability_pb2, observability_pb2_grpc, worker_pb2
 from worker.testing import RunningWorker, running_worker
 
 ADA, BOB = (("x-user", "ada"),), (("x-user", "bob"),)
 
-Metadata = Sequence[tuple[str, str]]
 Console = observability_pb2_grpc.ObservabilityServiceStub
 
 
@@ -60,32 +59,9 @@ async def urls(asked: Console, metadata: Metadata = ()) -> list[str]:
 @asynccontextmanager
 async def task(running: RunningWorker, plan: bytes, metadata: Metadata = ()) -> AsyncIterator[worker_pb2.TaskKey]:
     """A task that has its plan, for as long as its coordinator lets it."""
-    key = worker_pb2.TaskKey(query_id=uuid.uuid4().bytes, stage_id=3, task_number=1)
-    request = worker_pb2.SetPlanRequest(
-        task_key=key, task_count=2, plan_proto=plan, target_worker_url=f"http://{running.address}"
-    )
-    async with grpc.aio.insecure_channel(running.address) as channel:
-        call = worker_pb2_grpc.WorkerServiceStub(channel).CoordinatorChannel(metadata=metadata)
-        await call.write(worker_pb2.CoordinatorToWorkerMsg(set_plan_request=request))
-        assert await call.read() == worker_pb2.WorkerToCoordinatorMsg(load_info_eos=True)
+    key = task_key(1, stage=3)
+    async with coordinated(running, plan, key=key, task_count=2, metadata=metadata):
         yield key
-        await call.done_writing()
-        last = await call.read()
-        assert isinstance(last, worker_pb2.WorkerToCoordinatorMsg)
-        assert last.HasField("task_metrics")
-        assert await call.code() is grpc.StatusCode.OK
-
-
-async def read(running: RunningWorker, key: worker_pb2.TaskKey, partition: int, metadata: Metadata = ()) -> None:
-    request = worker_pb2.ExecuteTaskRequest(
-        task_key=key,
-        target_partition_start=partition,
-        target_partition_end=partition + 1,
-        none=worker_pb2.NoneHead(),
-    )
-    async with grpc.aio.insecure_channel(running.address) as channel:
-        answer = worker_pb2_grpc.WorkerServiceStub(channel).ExecuteTask(request, metadata=metadata)
-        assert await status(answer) == (grpc.StatusCode.OK, "")
 
 
 def five_rows() -> bytes:
@@ -98,17 +74,8 @@ def five_rows() -> bytes:
 
 def reading_from(*workers: str) -> bytes:
     """A plan that reads what tasks of these workers make."""
-    stage = nodes_pb2.Stage(query_id=uuid.uuid4().bytes, num=1, tasks=[nodes_pb2.Task(url_str=url) for url in workers])
-    network = nodes_pb2.Network(
-        schema=schema_message(pa.schema({"number": pa.int64()})).SerializeToString(),
-        partitioning=plan_proto.Partitioning(unknown=1).SerializeToString(),
-        input_stage=stage,
-    )
-    plan = plan_proto.PhysicalPlanNode()
-    plan.extension.node = nodes_pb2.Encoded(
-        blob=nodes_pb2.Node(shuffle=network).SerializeToString()
-    ).SerializeToString()
-    return bytes(plan.SerializeToString())
+    leaf = reads("shuffle", NUMBERS, plan_proto.Partitioning(unknown=1), workers, uuid.uuid4().bytes)
+    return bytes(leaf.SerializeToString())
 
 
 async def test_tasks_are_shown_while_they_run_with_their_rows_so_far() -> None:
@@ -122,7 +89,7 @@ async def test_tasks_are_shown_while_they_run_with_their_rows_so_far() -> None:
             )
             for partition, rows in ((None, 0), (0, 2), (1, 5)):
                 if partition is not None:
-                    await read(running, key, partition)
+                    await read(running, key, range(partition, partition + 1))
                 shown.output_rows = rows
                 assert list((await progress(asked)).tasks) == [shown]
         assert not (await progress(asked)).tasks
@@ -150,7 +117,7 @@ async def test_tasks_and_workers_are_shown_to_their_own_principal_alone() -> Non
 async def test_a_principal_that_the_session_builder_names_reads_its_tasks_with_another_token() -> None:
     old, new = ((*ADA, ("authorization", token)) for token in ("old", "new"))
     async with running_worker(by_user) as running, task(running, five_rows(), old) as key:
-        await read(running, key, 0, new)
+        await read(running, key, range(1), metadata=new)
 
 
 async def test_who_may_not_ask_learns_only_that_the_worker_is_there() -> None:

@@ -1,5 +1,6 @@
 """What a task reads of others, fetched: in parallel, as it comes, undecoded."""
 
+import struct
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import grpc
+import pyarrow as pa
 from google.protobuf.message import DecodeError
 
 from worker import flight_data
@@ -15,7 +17,7 @@ from worker.cluster.intake import Intake
 from worker.cluster.merge import together
 from worker.cluster.metrics import NetworkFigures
 from worker.cluster.nodes import Head, Leaf, Read
-from worker.errors import InvalidRequest, UpstreamFailed
+from worker.errors import ExecutionFailed, InvalidRequest, UpstreamFailed
 from worker.message import Message, row_count
 from worker.proto import worker_pb2
 from worker.servicer import STATUS_DETAILS
@@ -108,7 +110,7 @@ def upstream_errors(url: str, call: "grpc.aio.UnaryStreamCall[Any, Any]") -> Ite
         yield
     except grpc.aio.AioRpcError as error:
         raise _upstream_failed(url, error) from error
-    except (InvalidRequest, DecodeError) as error:
+    except (InvalidRequest, ExecutionFailed, DecodeError, struct.error, pa.ArrowInvalid) as error:
         raise UpstreamFailed(f"worker {url} does not answer rightly: {error}", grpc.StatusCode.INTERNAL) from error
     finally:
         call.cancel()

@@ -31,9 +31,7 @@ class ExchangeFolder:
         """A path in it that nothing has."""
         if self._folder is None:
             self._delete_abandoned()
-            self._folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=self._parent))
-            self._lock = os.open(self._folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self._folder, self._lock = self._make()
         return self._folder / uuid.uuid4().hex
 
     def close(self) -> None:
@@ -42,6 +40,16 @@ class ExchangeFolder:
             shutil.rmtree(self._folder, ignore_errors=True)
             os.close(self._lock)
             self._folder = None
+
+    def _make(self) -> tuple[Path, int]:
+        while True:
+            folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=self._parent))
+            lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # Another worker that starts may have taken it for abandoned, before this one had the lock.
+            if (folder / LOCK).exists():
+                return folder, lock
+            os.close(lock)
 
     def _delete_abandoned(self) -> None:
         for folder in self._parent.glob(PREFIX + "*"):

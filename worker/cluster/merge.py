@@ -4,8 +4,9 @@ import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping
 from contextlib import aclosing
 
-from worker.errors import QueryEnded
+from worker.errors import QueryEnded, Unavailable
 from worker.message import Message
+from worker.session import is_cancellation
 
 # Messages that wait to be sent. Each partition makes its next one while its last one waits.
 READY_MESSAGES = 4
@@ -15,14 +16,25 @@ async def together(work: Iterable[Coroutine[None, None, None]]) -> None:
     """Does all of it at the same time; when some of it fails, the rest is cancelled.
 
     Raises:
+        Unavailable: some of it waited for what was cancelled, which the worker does when it is closed.
         Exception: the first that any of it raised, alone.
     """
     try:
         async with asyncio.TaskGroup() as group:
             for part in work:
-                group.create_task(part)
+                group.create_task(_whole(part))
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
+
+
+async def _whole(work: Coroutine[None, None, None]) -> None:
+    try:
+        await work
+    except asyncio.CancelledError as error:
+        if is_cancellation(error):
+            raise
+        # A task group takes this for an end like any other: half of something would be taken for the whole.
+        raise Unavailable("the worker was closed") from error
 
 
 async def interleaved(
@@ -43,8 +55,13 @@ async def interleaved(
     async def pump_all() -> None:
         try:
             await together(pump(partition, source) for partition, source in sources.items())
-        finally:
+        except asyncio.CancelledError:
+            # Nobody reads on, and there may be no room for an end.
+            raise
+        except BaseException:
             await ready.put(None)
+            raise
+        await ready.put(None)
 
     pumping = asyncio.ensure_future(pump_all())
     try:

@@ -121,7 +121,7 @@ def leaf(node: Message, kind: str, network: nodes_pb2.Network, place: Place, *, 
     Raises:
         InvalidPlan: the node makes no sense.
     """
-    partitioning = plan_proto.Partitioning.FromString(network.partitioning)
+    partitioning = decoded(plan_proto.Partitioning, network.partitioning)
     partitions = partition_count(partitioning)
     stage = network.input_stage
     if len(stage.query_id) != QUERY_ID_BYTES or not stage.tasks or not partitions or place.index >= place.count:
@@ -141,8 +141,20 @@ def leaf(node: Message, kind: str, network: nodes_pb2.Network, place: Place, *, 
             head = worker_pb2.RepartitionExecHead(partitioning=_scaled(partitioning, place.count).SerializeToString())
         else:
             head = worker_pb2.BroadcastExecHead(output_partitions=partitions * place.count)
-    schema = plan_proto.Schema.FromString(network.schema)
+    schema = decoded(plan_proto.Schema, network.schema)
     return Leaf(node, schema, partitioning, partitions, shows_partitioning, tuple(reads), head, stage.plan_proto)
+
+
+def decoded(kind: Message, data: bytes) -> Message:
+    """A message of DataFusion's that is bytes in one of Distributed DataFusion's.
+
+    Raises:
+        InvalidPlan: the bytes are none.
+    """
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise InvalidPlan(f"{len(data)} bytes of the plan are not a {kind.DESCRIPTOR.full_name}") from error
 
 
 def partition_count(partitioning: Message) -> int:

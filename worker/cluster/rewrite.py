@@ -11,7 +11,7 @@ from typing import TypeAlias
 from datafusion import ExecutionPlan
 
 from worker import plan, plan_proto
-from worker.cluster.nodes import Head, Leaf, Place, distributed_kind, leaf, parse
+from worker.cluster.nodes import Head, Leaf, Place, decoded, distributed_kind, leaf, parse
 from worker.errors import InvalidPlan
 from worker.plan_proto import Message
 from worker.proto import nodes_pb2, worker_pb2
@@ -69,7 +69,7 @@ def with_head(message: Message, head: Head) -> tuple[Message, Origins]:
     """A copy of a plan below its head, and what the coordinator's head node is in it."""
     headed = plan_proto.PhysicalPlanNode()
     if isinstance(head, worker_pb2.RepartitionExecHead):
-        partitioning = plan_proto.Partitioning.FromString(head.partitioning)
+        partitioning = decoded(plan_proto.Partitioning, head.partitioning)
         if partitioning.WhichOneof("partition_method") is None:
             raise InvalidPlan("the task's head has no partitioning: it must be a datafusion.Partitioning")
         headed.repartition.partitioning.CopyFrom(partitioning)

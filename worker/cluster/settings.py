@@ -17,6 +17,7 @@ from worker.session import SessionStateBuilder
 
 _DISTRIBUTED = CONFIG_PREFIX + "distributed."
 _DATAFUSION = CONFIG_PREFIX + "datafusion."
+_BATCH_SIZE = "datafusion.execution.batch_size"
 
 # Rows of a batch where neither the coordinator nor the session builder says. With DataFusion's default of 8192 messages
 # are a tenth of what is sent fastest, since a batch is of one partition of a shuffle.
@@ -61,7 +62,7 @@ class ClusterSettings:
         Raises:
             InvalidHeader: DataFusion refuses the value of one that it has.
         """
-        builder.with_config_option("datafusion.execution.batch_size", self.shuffle_batch_size or BATCH_SIZE)
+        builder.with_config_option(_BATCH_SIZE, BATCH_SIZE)
         for name in headers:
             if name.startswith(_DATAFUSION):
                 option, value = name.removeprefix(CONFIG_PREFIX), headers[name]
@@ -72,6 +73,8 @@ class ClusterSettings:
                         continue
                     raise InvalidHeader(f"header {name!r} is {value!r}: {error}") from error
                 builder.with_config_option(option, value)
+        if self.shuffle_batch_size:
+            builder.with_config_option(_BATCH_SIZE, self.shuffle_batch_size)
 
 
 def passed_on(headers: Headers) -> list[tuple[str, str | bytes]]:

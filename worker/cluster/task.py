@@ -78,10 +78,12 @@ class ClusterTask:
         self._loads: asyncio.Queue[worker_pb2.LoadInfo | None] = asyncio.Queue()
         self._plan_bytes = b""
         self._asked: set[int] = set()
+        self._head: Head | None = None
         self._closed = False
         self._segments: list[tuple[ExecutionPlan, Origins]] = []
         self._replays: dict[int, Replay] = {}
         self._running: list[asyncio.Future[Any]] = []
+        self._streams: set[PartitionStream] = set()
         self._input: asyncio.Future[None] | None = self._own(self._fetch_all())
         self._sampling = self._own(self._sample()) if rewritten.is_sampled else None
         self._output: asyncio.Future[tuple[ExecutionPlan, int]] | None = None
@@ -106,11 +108,12 @@ class ClusterTask:
         """
         try:
             if self._output is None and not self._closed:
+                self._head = head
                 self._output = self._own(self._prepare(head))
             instance, count = await self._has(self._output)
             self._take(partitions, count)
             with ExitStack() as opened:
-                if isinstance(head, worker_pb2.BroadcastExecHead):
+                if isinstance(self._head, worker_pb2.BroadcastExecHead):
                     inputs = instance.partition_count
                     sources = {p: self._replay(instance, p % inputs, compression).messages() for p in partitions}
                 else:
@@ -170,6 +173,8 @@ class ClusterTask:
         self._closed = True
         for running in self._running:
             running.cancel()
+        for stream in self._streams:
+            stream.close()
         await asyncio.gather(*self._running, return_exceptions=True)
         self._segments.clear()
         for replay in self._replays.values():
@@ -249,7 +254,15 @@ class ClusterTask:
 
         with plan.execution_errors():
             streams = await asyncio.shield(self._own(self._tasks.in_thread(execute)))
-        return [opened.enter_context(self._tasks.open(self._tasks.stream(stream))) for stream in streams]
+        if self._closed:
+            raise QueryEnded("the coordinator ended the query")
+        return [self._open(stream, opened) for stream in streams]
+
+    def _open(self, executed: Any, opened: ExitStack) -> PartitionStream:
+        stream = opened.enter_context(self._tasks.open(self._tasks.stream(executed)))
+        self._streams.add(stream)
+        opened.callback(self._streams.discard, stream)
+        return stream
 
     async def _encoded(
         self, stream: PartitionStream, compression: Compression, load: Load | None = None
