@@ -9,10 +9,13 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message import Message as ProtobufMessage
 
 from worker import plan_proto
-from worker.errors import InvalidPlan
+from worker.errors import InvalidPlan, InvalidRequest
 from worker.plan_proto import Message
 from worker.proto import nodes_pb2, worker_pb2
 from worker.ticket import QUERY_ID_BYTES, StageKey
+
+# The most partitions of a task, over all tasks that read it: each costs memory here, also when it stays empty.
+MAX_PARTITIONS = 1 << 16
 
 # What stands above the plan of a task, which whoever reads it says.
 Head: TypeAlias = worker_pb2.NoneHead | worker_pb2.BroadcastExecHead | worker_pb2.RepartitionExecHead
@@ -121,13 +124,21 @@ def leaf(node: Message, kind: str, network: nodes_pb2.Network, place: Place, *, 
     Raises:
         InvalidPlan: the node makes no sense.
     """
-    partitioning = plan_proto.Partitioning.FromString(network.partitioning)
+    try:
+        partitioning = plan_proto.Partitioning.FromString(network.partitioning)
+        schema = plan_proto.Schema.FromString(network.schema)
+    except DecodeError as error:
+        raise InvalidPlan(f"the partitioning or the schema of a {kind} node is not one of DataFusion's") from error
     partitions = partition_count(partitioning)
     stage = network.input_stage
     if len(stage.query_id) != QUERY_ID_BYTES or not stage.tasks or not partitions or place.index >= place.count:
         raise InvalidPlan(
             f"a {kind} node of task {place.index} of {place.count} reads {partitions} partitions from "
             f"{len(stage.tasks)} tasks of a query with an id of {len(stage.query_id)} bytes"
+        )
+    if partitions * place.count > MAX_PARTITIONS:
+        raise InvalidPlan(
+            f"a {kind} node has {partitions} partitions for each of {place.count} tasks: {MAX_PARTITIONS} is the most"
         )
     head: Head
     if kind == "coalesce":
@@ -141,8 +152,30 @@ def leaf(node: Message, kind: str, network: nodes_pb2.Network, place: Place, *, 
             head = worker_pb2.RepartitionExecHead(partitioning=_scaled(partitioning, place.count).SerializeToString())
         else:
             head = worker_pb2.BroadcastExecHead(output_partitions=partitions * place.count)
-    schema = plan_proto.Schema.FromString(network.schema)
     return Leaf(node, schema, partitioning, partitions, shows_partitioning, tuple(reads), head, stage.plan_proto)
+
+
+def check_head(head: Head) -> None:
+    """Looks at a head before a task gets it, which it then has for good.
+
+    Raises:
+        InvalidRequest: it is none, or has too many partitions.
+    """
+    match head:
+        case worker_pb2.RepartitionExecHead():
+            try:
+                partitioning = plan_proto.Partitioning.FromString(head.partitioning)
+            except DecodeError:
+                partitioning = plan_proto.Partitioning()
+            if partitioning.WhichOneof("partition_method") is None:
+                raise InvalidRequest("the task's head has no partitioning: it must be a datafusion.Partitioning")
+            partitions = partition_count(partitioning)
+        case worker_pb2.BroadcastExecHead():
+            partitions = head.output_partitions
+        case _:
+            return
+    if partitions > MAX_PARTITIONS:
+        raise InvalidRequest(f"the task's head has {partitions} partitions: {MAX_PARTITIONS} is the most")
 
 
 def partition_count(partitioning: Message) -> int:

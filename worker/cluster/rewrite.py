@@ -69,10 +69,7 @@ def with_head(message: Message, head: Head) -> tuple[Message, Origins]:
     """A copy of a plan below its head, and what the coordinator's head node is in it."""
     headed = plan_proto.PhysicalPlanNode()
     if isinstance(head, worker_pb2.RepartitionExecHead):
-        partitioning = plan_proto.Partitioning.FromString(head.partitioning)
-        if partitioning.WhichOneof("partition_method") is None:
-            raise InvalidPlan("the task's head has no partitioning: it must be a datafusion.Partitioning")
-        headed.repartition.partitioning.CopyFrom(partitioning)
+        headed.repartition.partitioning.MergeFromString(head.partitioning)
         headed.repartition.input.CopyFrom(message)
         return headed, [Origin.KEPT]
     headed.CopyFrom(message)

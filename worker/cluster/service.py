@@ -15,7 +15,7 @@ from worker.cluster.channels import Channels
 from worker.cluster.fetch import Source
 from worker.cluster.folder import ExchangeFolder
 from worker.cluster.members import Members
-from worker.cluster.nodes import Head, Place
+from worker.cluster.nodes import Head, Place, check_head
 from worker.cluster.rewrite import Rewritten, rewrite
 from worker.cluster.settings import ClusterSettings, passed_on
 from worker.cluster.task import ClusterTask, Orders
@@ -237,6 +237,7 @@ def _head(request: worker_pb2.ExecuteTaskRequest) -> Head:
     if name is None:
         raise InvalidRequest("the request has no producer_head: none, broadcast or repartition is right")
     head: Head = getattr(request, name)
+    check_head(head)
     return head
 
 

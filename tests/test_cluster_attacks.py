@@ -1,0 +1,143 @@
+"""What comes from coordinators and workers that are broken, or mean harm: each is told, and the worker goes on."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+import pyarrow as pa
+import pytest
+from datafusion import SessionContext
+from flight_plans import distributed
+from support import status
+
+from worker import plan_proto
+from worker.plan import schema_message
+from worker.plan_proto import Message, Partitioning, PhysicalPlanNode
+from worker.proto import nodes_pb2, worker_pb2, worker_pb2_grpc
+from worker.testing import RunningWorker, running_worker
+
+MANY = 1 << 40
+SECONDS = 5
+
+SCHEMA = pa.schema({"number": pa.int64()})
+
+Coordinating = grpc.aio.StreamStreamCall[worker_pb2.CoordinatorToWorkerMsg, worker_pb2.WorkerToCoordinatorMsg]
+Stub = worker_pb2_grpc.WorkerServiceStub
+
+
+@asynccontextmanager
+async def connected(running: RunningWorker) -> AsyncIterator[Stub]:
+    async with asyncio.timeout(4 * SECONDS), grpc.aio.insecure_channel(running.address) as channel:
+        yield Stub(channel)
+
+
+def key(query: uuid.UUID, stage: int = 1) -> worker_pb2.TaskKey:
+    return worker_pb2.TaskKey(query_id=query.bytes, stage_id=stage, task_number=0)
+
+
+async def set_plan(
+    service: Stub, plan: Message, query: uuid.UUID, *, metadata: tuple[tuple[str, str], ...] = (), url: str = ""
+) -> Coordinating:
+    """A coordinator that has sent its plan."""
+    request = worker_pb2.SetPlanRequest(
+        task_key=key(query), task_count=1, plan_proto=plan.SerializeToString(), target_worker_url=url
+    )
+    call: Coordinating = service.CoordinatorChannel(metadata=metadata)
+    await call.write(worker_pb2.CoordinatorToWorkerMsg(set_plan_request=request))
+    return call
+
+
+async def refusal(service: Stub, plan: Message, metadata: tuple[tuple[str, str], ...] = ()) -> tuple[str, str]:
+    """What a coordinator is told whose plan is refused."""
+    code, details = await status(await set_plan(service, plan, uuid.uuid4(), metadata=metadata))
+    return code.name, details
+
+
+def read(service: Stub, query: uuid.UUID, head: Message = None, end: int = 1) -> grpc.aio.UnaryStreamCall:  # type: ignore[type-arg]
+    """A reader of a task's first partitions."""
+    request = worker_pb2.ExecuteTaskRequest(task_key=key(query), target_partition_end=end)
+    match head:
+        case worker_pb2.RepartitionExecHead():
+            request.repartition.CopyFrom(head)
+        case worker_pb2.BroadcastExecHead():
+            request.broadcast.CopyFrom(head)
+        case _:
+            request.none.SetInParent()
+    return service.ExecuteTask(request)
+
+
+def numbers() -> Message:
+    """A plan of three rows in a partition."""
+    batch = pa.RecordBatch.from_pydict({"number": [1, 2, 3]}, schema=SCHEMA)
+    return plan_proto.parse(SessionContext().create_dataframe([[batch]]).execution_plan().to_bytes())
+
+
+def merged(below: Message) -> Message:
+    plan = PhysicalPlanNode()
+    plan.merge.input.CopyFrom(below)
+    return plan
+
+
+def network(
+    urls: list[str], query: uuid.UUID, partitioning: bytes | None = None, schema: bytes | None = None
+) -> Message:
+    """A plan that reads a task of stage 2 of each worker."""
+    node = nodes_pb2.Network(
+        schema=schema_message(SCHEMA).SerializeToString() if schema is None else schema,
+        partitioning=Partitioning(unknown=1).SerializeToString() if partitioning is None else partitioning,
+        input_stage=nodes_pb2.Stage(query_id=query.bytes, num=2, tasks=[nodes_pb2.Task(url_str=url) for url in urls]),
+    )
+    return distributed(nodes_pb2.Node(shuffle=node))
+
+
+HEADS = {
+    "a broadcast": worker_pb2.BroadcastExecHead(output_partitions=MANY),
+    "a repartition": worker_pb2.RepartitionExecHead(partitioning=Partitioning(round_robin=MANY).SerializeToString()),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+async def test_heads_with_more_partitions_than_can_be_are_refused(head: str) -> None:
+    query = uuid.uuid4()
+    async with running_worker() as running, connected(running) as service:
+        call = await set_plan(service, numbers(), query)
+        assert await status(read(service, query, HEADS[head], MANY)) == (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"the task's head has {MANY} partitions: 65536 is the most",
+        )
+        # The first who asks decides on the head: not if it was refused.
+        assert await status(read(service, query)) == (grpc.StatusCode.OK, "")
+        call.cancel()
+
+
+async def test_heads_that_are_none_are_refused_and_leave_the_task_as_it_was() -> None:
+    query = uuid.uuid4()
+    async with running_worker() as running, connected(running) as service:
+        call = await set_plan(service, numbers(), query)
+        for rubbish in (b"\xff", b""):
+            code, details = await status(read(service, query, worker_pb2.RepartitionExecHead(partitioning=rubbish)))
+            assert (code.name, details[:35]) == ("INVALID_ARGUMENT", "the task's head has no partitioning")
+        assert await status(read(service, query)) == (grpc.StatusCode.OK, "")
+        call.cancel()
+
+
+@pytest.mark.parametrize(
+    ("partitioning", "schema", "reason"),
+    [
+        (b"\xff", None, "the partitioning or the schema of a shuffle node is not one of DataFusion's"),
+        (None, b"\xff", "the partitioning or the schema of a shuffle node is not one of DataFusion's"),
+        (
+            Partitioning(unknown=MANY).SerializeToString(),
+            None,
+            f"a shuffle node has {MANY} partitions for each of 1 tasks: 65536 is the most",
+        ),
+    ],
+)
+async def test_network_nodes_that_make_no_sense_are_refused(
+    partitioning: bytes | None, schema: bytes | None, reason: str
+) -> None:
+    async with running_worker() as running, connected(running) as service:
+        plan = network(["http://127.0.0.1:1"], uuid.uuid4(), partitioning, schema)
+        assert await refusal(service, plan) == ("INVALID_ARGUMENT", reason)
