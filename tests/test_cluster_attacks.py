@@ -13,6 +13,7 @@ from flight_plans import distributed
 from support import status
 
 from worker import plan_proto
+from worker.encode import Encoder
 from worker.plan import schema_message
 from worker.plan_proto import Message, Partitioning, PhysicalPlanNode
 from worker.proto import nodes_pb2, worker_pb2, worker_pb2_grpc
@@ -141,3 +142,86 @@ async def test_network_nodes_that_make_no_sense_are_refused(
     async with running_worker() as running, connected(running) as service:
         plan = network(["http://127.0.0.1:1"], uuid.uuid4(), partitioning, schema)
         assert await refusal(service, plan) == ("INVALID_ARGUMENT", reason)
+
+
+def flight_data(header: bytes, body: bytes = b"", metadata: bytes = b"") -> bytes:
+    return worker_pb2.FlightData(data_header=header, data_body=body, app_metadata=metadata).SerializeToString()
+
+
+@asynccontextmanager
+async def upstream(*answer: bytes) -> AsyncIterator[str]:
+    """The URL of a worker that gives every reader the same answer."""
+
+    async def execute_task(request: bytes, context: object) -> AsyncIterator[bytes]:
+        for message in answer:
+            yield message
+
+    server = grpc.aio.server()
+    methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+        "ExecuteTask": grpc.unary_stream_rpc_method_handler(execute_task)
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("worker.WorkerService", methods),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        await server.stop(None)
+
+
+def encoded(schema: pa.Schema = SCHEMA) -> list[worker_pb2.FlightData]:
+    """What a worker sends of three rows: their schema and a batch."""
+    batch = pa.RecordBatch.from_pydict({"number": [1, 2, 3]}, schema=schema)
+    encoder = Encoder(schema, 1 << 20)
+    return [
+        worker_pb2.FlightData(data_header=header, data_body=b"".join(body))
+        for header, body in (encoder.schema(), *encoder.encode([batch]))
+    ]
+
+
+ANSWERS = {
+    "no FlightData": [b"\xff"],
+    "no flatbuffer": [flight_data(b"these are no metadata of Arrow's")],
+    "no metadata": [flight_data(b"")],
+    "no schema": [flight_data(encoded()[0].data_header[:60] + bytes(100))],
+    "a batch before the schema": [encoded()[1].SerializeToString()],
+    "a body that is cut off": [encoded()[0].SerializeToString(), flight_data(encoded()[1].data_header, b"1")],
+    "a partition that is no number": [flight_data(encoded()[0].data_header, metadata=b"\xff")],
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+async def test_a_worker_that_does_not_answer_rightly_is_named(answer: str) -> None:
+    query = uuid.uuid4()
+    async with running_worker() as running, upstream(*ANSWERS[answer]) as url, connected(running) as service:
+        call = await set_plan(service, network([url], query), query)
+        code, details = await status(read(service, query))
+        assert (code.name, details.partition(": ")[0]) == ("INTERNAL", f"worker {url} does not answer rightly")
+        call.cancel()
+
+
+async def test_more_to_a_dictionary_that_is_not_there_is_an_error() -> None:
+    schema = pa.schema({"number": pa.dictionary(pa.int32(), pa.int64())})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema, options=pa.ipc.IpcWriteOptions(emit_dictionary_deltas=True)) as writer:
+        for values in ([1, 2], [1, 2, 3]):
+            column = pa.DictionaryArray.from_arrays(pa.array([0], pa.int32()), pa.array(values, pa.int64()))
+            writer.write_batch(pa.RecordBatch.from_arrays([column], schema=schema))
+    first, _, _, delta, batch = (
+        flight_data(message.metadata.to_pybytes(), message.body.to_pybytes() if message.body else b"")
+        for message in pa.ipc.MessageReader.open_stream(sink.getvalue())
+    )
+    query = uuid.uuid4()
+    async with running_worker() as running, upstream(first, delta, batch) as url, connected(running) as service:
+        call = await set_plan(service, network([url], query, schema=schema_message(schema).SerializeToString()), query)
+        code, details = await status(read(service, query))
+        assert (code.name, "ictionary" in details) == ("INVALID_ARGUMENT", True), details
+        call.cancel()
+
+
+@pytest.mark.parametrize("value", ["-1", "9" * 5000, str(1 << 64)])
+async def test_settings_that_are_no_numbers_are_refused(value: str) -> None:
+    name = "x-datafusion-distributed-config-distributed.shuffle_batch_size"
+    async with running_worker() as running, connected(running) as service:
+        code, details = await refusal(service, numbers(), ((name, value),))
+        assert (code, details.startswith(f"header '{name}' is '{value[:100]}")) == ("INVALID_ARGUMENT", True)

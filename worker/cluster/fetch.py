@@ -1,5 +1,6 @@
 """What a task reads of others, fetched: in parallel, as it comes, undecoded."""
 
+import struct
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -15,7 +16,7 @@ from worker.cluster.intake import Intake
 from worker.cluster.merge import together
 from worker.cluster.metrics import NetworkFigures
 from worker.cluster.nodes import Head, Leaf, Read
-from worker.errors import InvalidRequest, UpstreamFailed
+from worker.errors import ExecutionFailed, InvalidRequest, UpstreamFailed
 from worker.message import Message, row_count
 from worker.proto import worker_pb2
 from worker.servicer import STATUS_DETAILS
@@ -105,7 +106,7 @@ def upstream_errors(url: str, call: "grpc.aio.UnaryStreamCall[Any, Any]") -> Ite
         yield
     except grpc.aio.AioRpcError as error:
         raise _upstream_failed(url, error) from error
-    except (InvalidRequest, DecodeError) as error:
+    except (InvalidRequest, ExecutionFailed, DecodeError, struct.error) as error:
         raise UpstreamFailed(f"worker {url} does not answer rightly: {error}", grpc.StatusCode.INTERNAL) from error
     finally:
         call.cancel()

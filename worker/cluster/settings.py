@@ -22,6 +22,9 @@ _DATAFUSION = CONFIG_PREFIX + "datafusion."
 # are a tenth of what is sent fastest, since a batch is of one partition of a shuffle.
 BATCH_SIZE = 32768
 
+# Rust's ``usize``, which these numbers are.
+_LARGEST = (1 << 64) - 1
+
 # What gRPC itself puts into the metadata of a request, or reads from it: not to be passed on.
 _TRANSPORT = ("user-agent", "te", "content-type", "grpc-", ":")
 
@@ -81,6 +84,7 @@ def passed_on(headers: Headers) -> list[tuple[str, str | bytes]]:
 
 def _number(headers: Headers, name: str, default: int) -> int:
     value = headers.get(_DISTRIBUTED + name, str(default))
-    if not (isinstance(value, str) and value.isascii() and value.isdigit()):
-        raise InvalidHeader(f"header '{_DISTRIBUTED}{name}' is {value!r}: a number is right")
+    is_number = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= len(str(_LARGEST))
+    if not is_number or int(value) > _LARGEST:
+        raise InvalidHeader(f"header '{_DISTRIBUTED}{name}' is {value!r}: a number up to {_LARGEST} is right")
     return int(value)
