@@ -9,6 +9,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message import Message as ProtobufMessage
 
 from worker import plan_proto
+from worker.config import MEBIBYTE
 from worker.errors import InvalidPlan, InvalidRequest
 from worker.plan_proto import Message
 from worker.proto import nodes_pb2, worker_pb2
@@ -16,6 +17,9 @@ from worker.ticket import QUERY_ID_BYTES, StageKey
 
 # The most partitions of a task, over all tasks that read it: each costs memory here, also when it stays empty.
 MAX_PARTITIONS = 1 << 16
+
+# What a rewritten plan may have more than what came: bytes of copies, which in each other get many fast.
+MAX_COPIES = 32 * MEBIBYTE
 
 # What stands above the plan of a task, which whoever reads it says.
 Head: TypeAlias = worker_pb2.NoneHead | worker_pb2.BroadcastExecHead | worker_pb2.RepartitionExecHead
