@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import grpc
 from datafusion import SessionContext
+from google.protobuf.message import DecodeError
 
 from worker import flight_data, plan
 from worker.cluster.channels import Channels
@@ -205,7 +206,10 @@ def add_WorkerServiceServicer_to_server(
 
 
 async def _set_plan_request(requests: AsyncIterator[worker_pb2.CoordinatorToWorkerMsg]) -> worker_pb2.SetPlanRequest:
-    first = await anext(aiter(requests), None)
+    try:
+        first = await anext(aiter(requests), None)
+    except DecodeError:
+        first = None
     if first is None or first.WhichOneof("inner") != "set_plan_request":
         raise InvalidRequest("the first message of a CoordinatorChannel must be a set_plan_request")
     request = first.set_plan_request
