@@ -2,15 +2,15 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import grpc
 import pyarrow as pa
 import pytest
-from datafusion import SessionContext
+from datafusion import SessionConfig, SessionContext
 from flight_plans import distributed
-from support import status
+from support import status, until
 
 from worker import plan_proto
 from worker.encode import Encoder
@@ -225,3 +225,74 @@ async def test_settings_that_are_no_numbers_are_refused(value: str) -> None:
     async with running_worker() as running, connected(running) as service:
         code, details = await refusal(service, numbers(), ((name, value),))
         assert (code, details.startswith(f"header '{name}' is '{value[:100]}")) == ("INVALID_ARGUMENT", True)
+
+
+def broadcast(times: int, below: Message) -> Message:
+    return distributed(nodes_pb2.Node(broadcast=nodes_pb2.Broadcast(consumer_task_count=times)), below)
+
+
+def union(partitions: int, chosen: int, below: Message) -> Message:
+    """A union that has its one input so many times."""
+    children = nodes_pb2.Children(child_ctx=[nodes_pb2.Child(child_idx=0, task_idx=0, task_count=1)] * chosen)
+    node = nodes_pb2.ChildrenIsolatorUnion(partition_count=partitions, task_idx_map=[children])
+    return distributed(nodes_pb2.Node(children_isolator_union=node), below)
+
+
+def nested(wrap: Callable[[Message], Message]) -> Message:
+    """A small plan that would be of 10^18 nodes."""
+    plan = numbers()
+    for _ in range(9):
+        plan = wrap(plan)
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("plan", "reason"),
+    [
+        (broadcast(MANY, numbers()), "the plan repeats its inputs too often: 33554432 bytes of copies are the most"),
+        (
+            nested(lambda plan: broadcast(100, plan)),
+            "the plan repeats its inputs too often: 33554432 bytes of copies are the most",
+        ),
+        (
+            nested(lambda plan: union(100, 100, plan)),
+            "the plan repeats its inputs too often: 33554432 bytes of copies are the most",
+        ),
+        (broadcast(0, numbers()), "a broadcast node is for 0 tasks: one is the least"),
+        (union(MANY, 1, numbers()), f"a union has {MANY} partitions: 65536 is the most"),
+    ],
+)
+async def test_plans_that_grow_beyond_measure_are_refused(plan: Message, reason: str) -> None:
+    async with running_worker() as running, connected(running) as service:
+        assert await refusal(service, merged(plan)) == ("INVALID_ARGUMENT", reason)
+
+
+def endless() -> Message:
+    """A plan of 10^15 rows."""
+    session = SessionContext(SessionConfig().with_target_partitions(1))
+    batch = pa.RecordBatch.from_pydict({"number": range(8192)}, schema=SCHEMA)
+    session.register_record_batches("numbers", [[batch]])
+    joins = "cross join numbers b cross join numbers c cross join numbers d"
+    return plan_proto.parse(session.sql(f"SELECT a.number FROM numbers a {joins}").execution_plan().to_bytes())
+
+
+async def test_readers_that_stay_are_told_that_the_coordinator_has_gone() -> None:
+    query = uuid.uuid4()
+    async with running_worker() as running, connected(running) as service:
+        call = await set_plan(service, endless(), query)
+        messages = aiter(read(service, query))
+        await anext(messages)
+        call.cancel()
+        await until(lambda: running.worker.statistics().tasks == 0)
+        assert await status(messages) == (grpc.StatusCode.CANCELLED, "the coordinator ended the query")
+        await until(lambda: running.worker.statistics().streams == running.worker.statistics().requests == 0)
+
+
+async def test_a_coordinator_that_sends_no_message_at_first_is_told_what_is_right() -> None:
+    reason = "the first message of a CoordinatorChannel must be a set_plan_request"
+    async with running_worker() as running, grpc.aio.insecure_channel(running.address) as channel:
+        channel_call: grpc.aio.StreamStreamMultiCallable[bytes, bytes]
+        channel_call = channel.stream_stream("/worker.WorkerService/CoordinatorChannel")
+        for first in (b"\xff", b""):
+            call = channel_call(iter([first]))
+            assert await status(call) == (grpc.StatusCode.INVALID_ARGUMENT, reason)

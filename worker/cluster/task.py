@@ -82,6 +82,7 @@ class ClusterTask:
         self._segments: list[tuple[ExecutionPlan, Origins]] = []
         self._replays: dict[int, Replay] = {}
         self._running: list[asyncio.Future[Any]] = []
+        self._read: set[PartitionStream] = set()
         self._input: asyncio.Future[None] | None = self._own(self._fetch_all())
         self._sampling = self._own(self._sample()) if rewritten.is_sampled else None
         self._output: asyncio.Future[tuple[ExecutionPlan, int]] | None = None
@@ -171,6 +172,9 @@ class ClusterTask:
         for running in self._running:
             running.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
+        # Whoever still reads is no reason to go on.
+        for stream in self._read:
+            stream.close()
         self._segments.clear()
         for replay in self._replays.values():
             replay.close()
@@ -249,7 +253,10 @@ class ClusterTask:
 
         with plan.execution_errors():
             streams = await asyncio.shield(self._own(self._tasks.in_thread(execute)))
-        return [opened.enter_context(self._tasks.open(self._tasks.stream(stream))) for stream in streams]
+        read = [opened.enter_context(self._tasks.open(self._tasks.stream(stream))) for stream in streams]
+        self._read.update(read)
+        opened.callback(self._read.difference_update, read)
+        return read
 
     async def _encoded(
         self, stream: PartitionStream, compression: Compression, load: Load | None = None
