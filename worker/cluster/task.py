@@ -131,8 +131,11 @@ class ClusterTask:
         """The schema's message, of a task without rows.
 
         Raises:
+            QueryEnded: the coordinator ended the query.
             WorkerError: as ``plan.schema_of``.
         """
+        if self._closed:
+            raise QueryEnded("the coordinator ended the query")
         schema = await self._tasks.in_thread(plan.schema_of, self._session, self._plan_bytes)
         return Encoder(schema, MAX_MESSAGE_SIZE).schema()
 
