@@ -1,8 +1,9 @@
 """What comes from coordinators and workers that are broken, or mean harm: each is told, and the worker goes on."""
 
 import asyncio
+import socket
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import grpc
@@ -13,7 +14,11 @@ from flight_plans import distributed
 from support import status, until
 
 from worker import plan_proto
+from worker.cluster.channels import Channels
+from worker.cluster.merge import Replay, interleaved
 from worker.encode import Encoder
+from worker.errors import QueryEnded
+from worker.message import Message as IpcMessage
 from worker.plan import schema_message
 from worker.plan_proto import Message, Partitioning, PhysicalPlanNode
 from worker.proto import nodes_pb2, worker_pb2, worker_pb2_grpc
@@ -296,3 +301,47 @@ async def test_a_coordinator_that_sends_no_message_at_first_is_told_what_is_righ
         for first in (b"\xff", b""):
             call = channel_call(iter([first]))
             assert await status(call) == (grpc.StatusCode.INVALID_ARGUMENT, reason)
+
+
+async def test_what_was_cancelled_is_no_end_for_its_readers() -> None:
+    waiting = asyncio.Event()
+
+    async def never() -> AsyncGenerator[IpcMessage, None]:
+        waiting.set()
+        await asyncio.Event().wait()
+        yield IpcMessage(b"", [])
+
+    replay = Replay(never())
+    running = asyncio.ensure_future(replay.run())
+    reading = asyncio.ensure_future(anext(interleaved({0: replay.messages()})))
+    await waiting.wait()
+    running.cancel()
+    with pytest.raises(QueryEnded):
+        await reading
+
+
+async def test_channels_that_lead_to_nobody_are_not_kept() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nobody = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    channels = Channels()
+    async with running_worker() as running, asyncio.timeout(SECONDS):
+        somebody = f"http://{running.address}"
+        for url in (somebody, nobody, somebody):
+            async with channels.to(url) as channel, channels.to(url) as other:
+                assert channel is other
+                answer = Stub(channel).GetWorkerInfo(worker_pb2.GetWorkerInfoRequest())
+                expected = grpc.StatusCode.OK if url == somebody else grpc.StatusCode.UNAVAILABLE
+                assert (await status(answer))[0] is expected
+            is_kept = channel.get_state() is not grpc.ChannelConnectivity.SHUTDOWN
+            assert is_kept == (url == somebody)
+        await channels.close()
+
+
+async def test_no_more_channels_are_kept_than_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.cluster.channels.MAX_KEPT", 1)
+    channels = Channels()
+    async with channels.to("http://127.0.0.1:1") as first, channels.to("http://127.0.0.1:2") as second:
+        assert first is not second
+    states = [channel.get_state() for channel in (first, second)]
+    assert states == [grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.SHUTDOWN]
+    await channels.close()
