@@ -345,3 +345,22 @@ async def test_no_more_channels_are_kept_than_can_be(monkeypatch: pytest.MonkeyP
     states = [channel.get_state() for channel in (first, second)]
     assert states == [grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.SHUTDOWN]
     await channels.close()
+
+
+@pytest.mark.parametrize("head", [worker_pb2.NoneHead(), worker_pb2.BroadcastExecHead(output_partitions=1)])
+async def test_the_end_is_told_rightly_whenever_it_comes(head: Message, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.cluster.tasks.PLAN_SECONDS", 0.01)
+    codes = set()
+    async with running_worker() as running, connected(running) as service:
+        for turns in range(300):
+            query = uuid.uuid4()
+            call = await set_plan(service, numbers(), query)
+            await call.read()
+            reading = asyncio.ensure_future(status(read(service, query, head)))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            call.cancel()
+            codes.add((await reading)[0].name)
+        await until(lambda: running.worker.statistics().requests == running.worker.statistics().tasks == 0)
+    assert "CANCELLED" in codes
+    assert codes <= {"OK", "CANCELLED", "DEADLINE_EXCEEDED"}

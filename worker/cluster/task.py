@@ -297,10 +297,13 @@ class ClusterTask:
         if running is None:
             raise QueryEnded("the coordinator ended the query")
         try:
-            return await asyncio.shield(running)
+            result = await asyncio.shield(running)
         finally:
             # Its error has this frame in its traceback.
             del running
+        if self._closed:
+            raise QueryEnded("the coordinator ended the query")
+        return result
 
     def _own(self, work: "Coroutine[Any, Any, T] | asyncio.Future[T]") -> "asyncio.Future[T]":
         """Runs what ends with the task."""
