@@ -364,3 +364,11 @@ async def test_the_end_is_told_rightly_whenever_it_comes(head: Message, monkeypa
         await until(lambda: running.worker.statistics().requests == running.worker.statistics().tasks == 0)
     assert "CANCELLED" in codes
     assert codes <= {"OK", "CANCELLED", "DEADLINE_EXCEEDED"}
+
+
+@pytest.mark.parametrize("name", ["distributed.shuffle_batch_size", "datafusion.execution.batch_size"])
+async def test_batches_larger_than_memory_are_refused(name: str) -> None:
+    header = f"x-datafusion-distributed-config-{name}"
+    async with running_worker() as running, connected(running) as service:
+        code, details = await refusal(service, numbers(), ((header, str(MANY)),))
+        assert (code, details) == ("INVALID_ARGUMENT", f"header '{header}' is '{MANY}': 1048576 rows are the most")

@@ -17,10 +17,14 @@ from worker.session import SessionStateBuilder
 
 _DISTRIBUTED = CONFIG_PREFIX + "distributed."
 _DATAFUSION = CONFIG_PREFIX + "datafusion."
+_BATCH_SIZE = "datafusion.execution.batch_size"
 
 # Rows of a batch where neither the coordinator nor the session builder says. With DataFusion's default of 8192 messages
 # are a tenth of what is sent fastest, since a batch is of one partition of a shuffle.
 BATCH_SIZE = 32768
+
+# The most. DataFusion reserves memory for so many rows of each partition, and aborts the process where there is none.
+MAX_BATCH_SIZE = 1 << 20
 
 # Rust's ``usize``, which these numbers are.
 _LARGEST = (1 << 64) - 1
@@ -51,10 +55,12 @@ class ClusterSettings:
         collect = headers.get(_DISTRIBUTED + "collect_metrics", "true")
         if collect not in ("true", "false"):
             raise InvalidHeader(f"header '{_DISTRIBUTED}collect_metrics' is {collect!r}: true or false is right")
+        batch_size = _number(headers, "shuffle_batch_size", default.shuffle_batch_size)
+        _check_batch_size(_DISTRIBUTED + "shuffle_batch_size", batch_size)
         return cls(
             compression=output.compression(headers) or default.compression,
             collect_metrics=collect == "true",
-            shuffle_batch_size=_number(headers, "shuffle_batch_size", default.shuffle_batch_size),
+            shuffle_batch_size=batch_size,
             buffer_budget=_number(headers, "worker_connection_buffer_budget_bytes", default.buffer_budget),
         )
 
@@ -64,7 +70,7 @@ class ClusterSettings:
         Raises:
             InvalidHeader: DataFusion refuses the value of one that it has.
         """
-        builder.with_config_option("datafusion.execution.batch_size", self.shuffle_batch_size or BATCH_SIZE)
+        builder.with_config_option(_BATCH_SIZE, self.shuffle_batch_size or BATCH_SIZE)
         for name in headers:
             if name.startswith(_DATAFUSION):
                 option, value = name.removeprefix(CONFIG_PREFIX), headers[name]
@@ -74,12 +80,19 @@ class ClusterSettings:
                     if "not found" in str(error):
                         continue
                     raise InvalidHeader(f"header {name!r} is {value!r}: {error}") from error
+                if option == _BATCH_SIZE:
+                    _check_batch_size(name, int(value))
                 builder.with_config_option(option, value)
 
 
 def passed_on(headers: Headers) -> list[tuple[str, str | bytes]]:
     """The headers that go on to the workers that a task reads from: all but the transport's."""
     return [(name, value) for name in headers if not name.startswith(_TRANSPORT) for value in headers.get_all(name)]
+
+
+def _check_batch_size(name: str, rows: int) -> None:
+    if rows > MAX_BATCH_SIZE:
+        raise InvalidHeader(f"header {name!r} is '{rows}': {MAX_BATCH_SIZE} rows are the most")
 
 
 def _number(headers: Headers, name: str, default: int) -> int:
