@@ -1,6 +1,7 @@
 """What comes from coordinators and workers that are broken, or mean harm: each is told, and the worker goes on."""
 
 import asyncio
+import itertools
 import socket
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -372,3 +373,29 @@ async def test_batches_larger_than_memory_are_refused(name: str) -> None:
     async with running_worker() as running, connected(running) as service:
         code, details = await refusal(service, numbers(), ((header, str(MANY)),))
         assert (code, details) == ("INVALID_ARGUMENT", f"header '{header}' is '{MANY}': 1048576 rows are the most")
+
+
+@pytest.mark.parametrize("partitions", [1, 3])
+async def test_what_was_made_ahead_of_a_reader_that_goes_away_holds_up_nothing(partitions: int) -> None:
+    made: set[int] = set()
+    closed: set[int] = set()
+
+    async def numbered(partition: int) -> AsyncGenerator[IpcMessage, None]:
+        try:
+            for number in itertools.count():
+                made.add(number)
+                yield IpcMessage(b"", [])
+        finally:
+            closed.add(partition)
+
+    messages = interleaved({partition: numbered(partition) for partition in range(partitions)})
+    await anext(messages)
+    while True:
+        before = len(made)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        if len(made) == before:
+            break
+    async with asyncio.timeout(SECONDS):
+        await messages.aclose()
+    assert closed == set(range(partitions))

@@ -45,8 +45,13 @@ async def interleaved(
     async def pump_all() -> None:
         try:
             await together(pump(partition, source) for partition, source in sources.items())
-        finally:
+        except asyncio.CancelledError:
+            # Nobody reads on, and where the queue is full there would never be a place in it.
+            raise
+        except BaseException:
             await ready.put(None)
+            raise
+        await ready.put(None)
 
     pumping = asyncio.ensure_future(pump_all())
     try:
