@@ -27,8 +27,10 @@ async def test_there_is_one_for_each_url_which_is_kept() -> None:
         other.worker.with_version("other")
         for running, expected in ((one, "one"), (other, "other")):
             for url in urls(running):
-                assert channels.to(url) is channels.to(url)
-                assert await version(channels.to(url)) == expected
+                async with channels.to(url) as first:
+                    assert await version(first) == expected
+                async with channels.to(url) as second, channels.to(url) as third:
+                    assert first is second is third
         await channels.close()
 
 
@@ -36,33 +38,33 @@ async def test_one_that_was_closed_is_opened_anew() -> None:
     channels = Channels()
     async with running_worker() as running:
         url = urls(running)[0]
-        first = channels.to(url)
-        assert await version(first) == ""
+        async with channels.to(url) as first:
+            assert await version(first) == ""
         await channels.close()
-        assert channels.to(url) is not first
-        assert await version(channels.to(url)) == ""
+        async with channels.to(url) as second:
+            assert second is not first
+            assert await version(second) == ""
         await channels.close()
 
 
 async def test_https_is_not_served_by_a_worker_without_it() -> None:
     channels = Channels()
-    async with running_worker() as running:
-        channel = channels.to(f"https://{running.address}")
+    async with running_worker() as running, channels.to(f"https://{running.address}") as channel:
         call = worker_pb2_grpc.WorkerServiceStub(channel).GetWorkerInfo(worker_pb2.GetWorkerInfoRequest())
         code, _ = await status(call)
         assert code is grpc.StatusCode.UNAVAILABLE
-        await channels.close()
 
 
-async def test_an_address_of_ipv6_is_one() -> None:
+async def test_one_that_leads_to_nobody_is_not_kept() -> None:
     channels = Channels()
-    call = worker_pb2_grpc.WorkerServiceStub(channels.to("http://[::1]:1")).GetWorkerInfo(
-        worker_pb2.GetWorkerInfoRequest()
-    )
-    code, text = await status(call)
-    assert code is grpc.StatusCode.UNAVAILABLE
-    assert "ipv6" in text
-    await channels.close()
+    url = "http://[::1]:1"
+    async with channels.to(url) as channel:
+        call = worker_pb2_grpc.WorkerServiceStub(channel).GetWorkerInfo(worker_pb2.GetWorkerInfoRequest())
+        code, text = await status(call)
+        assert code is grpc.StatusCode.UNAVAILABLE
+        assert "ipv6" in text
+    async with channels.to(url) as another:
+        assert another is not channel
 
 
 @pytest.mark.parametrize(
@@ -70,5 +72,6 @@ async def test_an_address_of_ipv6_is_one() -> None:
 )
 async def test_what_is_no_url_of_a_worker_is_refused_by_name(url: str) -> None:
     with pytest.raises(InvalidPlan) as raised:
-        Channels().to(url)
+        async with Channels().to(url):
+            pass
     assert repr(url) in str(raised.value)

@@ -1,5 +1,8 @@
 """Channels to the other workers of a cluster, one for each URL."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import grpc
@@ -9,6 +12,9 @@ from worker.errors import InvalidPlan
 # A worker that was restarted is to be found again soon; gRPC's default waits for up to two minutes.
 MAX_BACKOFF_MILLISECONDS = 1000
 
+# The most that are kept when nobody uses them; each has a socket.
+MAX_KEPT = 256
+
 OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -17,30 +23,52 @@ OPTIONS = [
 ]
 
 
+@dataclass(eq=False, slots=True)
+class _Entry:
+    channel: grpc.aio.Channel
+    users: int = 0
+
+
 class Channels:
-    """Channels, made when they are first needed and kept."""
+    """Channels, made when they are first needed and kept, but those that do not lead to a worker.
+
+    gRPC would connect to them for ever, each time with sockets of its own.
+    """
 
     def __init__(self) -> None:
         self.credentials: grpc.ChannelCredentials | None = None
         """For ``https``; the system's certificates where there are none."""
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._entries: dict[str, _Entry] = {}
 
-    def to(self, url: str) -> grpc.aio.Channel:
-        """The channel to a worker.
+    @asynccontextmanager
+    async def to(self, url: str) -> AsyncIterator[grpc.aio.Channel]:
+        """The channel to a worker, for as long as the block lasts.
 
         Raises:
             InvalidPlan: the URL is none of a worker.
         """
-        channel = self._channels.get(url)
-        if channel is None:
-            channel = self._channels[url] = self._open(url)
-        return channel
+        entry = self._entries.get(url)
+        if entry is None:
+            entry = self._entries[url] = _Entry(self._open(url))
+        entry.users += 1
+        try:
+            yield entry.channel
+        finally:
+            entry.users -= 1
+            if not entry.users and not self._is_kept(entry.channel):
+                self._entries.pop(url, None)
+                await entry.channel.close()
 
     async def close(self) -> None:
         """Closes all."""
-        channels, self._channels = self._channels, {}
-        for channel in channels.values():
-            await channel.close()
+        entries, self._entries = self._entries, {}
+        for entry in entries.values():
+            await entry.channel.close()
+
+    def _is_kept(self, channel: grpc.aio.Channel) -> bool:
+        # Idle is one whose worker has closed the connection.
+        leads_on = (grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.IDLE)
+        return len(self._entries) <= MAX_KEPT and channel.get_state() in leads_on
 
     def _open(self, url: str) -> grpc.aio.Channel:
         try:

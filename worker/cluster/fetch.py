@@ -77,26 +77,25 @@ class _Fetching:
     async def _read_remote(self, index: int, read: Read) -> None:
         self.figures.remote_connections += 1
         request = _request(read, self.leaf.head)
-        execute_task: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = self.source.channels.to(read.url).unary_stream(
-            EXECUTE_TASK
-        )
-        call = execute_task(request, metadata=self.source.headers)
-        with upstream_errors(read.url, call):
-            async for data in call:
-                start = time.perf_counter_ns()
-                header, metadata, body = flight_data.parse(data)
-                about = worker_pb2.FlightAppMetadata.FromString(bytes(metadata))
-                offset = about.partition - read.first
-                if not 0 <= offset < len(read.slots):
-                    raise InvalidRequest(f"it sent partition {about.partition} without having been asked for it")
-                slot = read.slots[offset]
-                message = Message(bytes(header), [body])
-                created = about.created_timestamp_unix_nanos
-                rows = row_count(message.header)
-                self.figures.message_received(slot, rows, len(data), created, time.time_ns())
-                self.figures.max_memory = max(self.figures.max_memory, self.intake.held + len(data))
-                self.figures.elapsed_compute += time.perf_counter_ns() - start
-                await self.intake.add(slot, index, *message)
+        async with self.source.channels.to(read.url) as channel:
+            execute_task: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(EXECUTE_TASK)
+            call = execute_task(request, metadata=self.source.headers)
+            with upstream_errors(read.url, call):
+                async for data in call:
+                    start = time.perf_counter_ns()
+                    header, metadata, body = flight_data.parse(data)
+                    about = worker_pb2.FlightAppMetadata.FromString(bytes(metadata))
+                    offset = about.partition - read.first
+                    if not 0 <= offset < len(read.slots):
+                        raise InvalidRequest(f"it sent partition {about.partition} without having been asked for it")
+                    slot = read.slots[offset]
+                    message = Message(bytes(header), [body])
+                    created = about.created_timestamp_unix_nanos
+                    rows = row_count(message.header)
+                    self.figures.message_received(slot, rows, len(data), created, time.time_ns())
+                    self.figures.max_memory = max(self.figures.max_memory, self.intake.held + len(data))
+                    self.figures.elapsed_compute += time.perf_counter_ns() - start
+                    await self.intake.add(slot, index, *message)
 
 
 @contextmanager

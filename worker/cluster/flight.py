@@ -126,16 +126,16 @@ class FlightInput:
             task_count=len(leaf.reads),
             stage_key=read.key,
         )
-        do_get: grpc.aio.UnaryStreamMultiCallable[bytes, bytes]
-        do_get = self._exchange.channels.to(read.url).unary_stream(DO_GET)
-        call = do_get(Flight_pb2.Ticket(ticket=ticket.to_bytes()).SerializeToString(), metadata=self._headers)
-        with upstream_errors(read.url, call):
-            async for data in call:
-                header, metadata, body = flight_data.parse(data)
-                if metadata:
-                    self._keep_figures(bytes(metadata))
-                if header:
-                    await intake.add(read.slots[offset], source, bytes(header), [body])
+        async with self._exchange.channels.to(read.url) as channel:
+            do_get: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(DO_GET)
+            call = do_get(Flight_pb2.Ticket(ticket=ticket.to_bytes()).SerializeToString(), metadata=self._headers)
+            with upstream_errors(read.url, call):
+                async for data in call:
+                    header, metadata, body = flight_data.parse(data)
+                    if metadata:
+                        self._keep_figures(bytes(metadata))
+                    if header:
+                        await intake.add(read.slots[offset], source, bytes(header), [body])
 
     def _keep_figures(self, metadata: bytes) -> None:
         try:

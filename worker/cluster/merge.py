@@ -11,6 +11,8 @@ from worker.session import is_cancellation
 # Messages that wait to be sent. Each partition makes its next one while its last one waits.
 READY_MESSAGES = 4
 
+_ENDED = "the coordinator ended the query"
+
 
 async def together(work: Iterable[Coroutine[None, None, None]]) -> None:
     """Does all of it at the same time; when some of it fails, the rest is cancelled.
@@ -93,7 +95,8 @@ class Replay:
                     self._messages.append(message)
                     self._wake()
         except BaseException as error:
-            self._error = error
+            # Readers are not cancelled with it, and must not take this for the end.
+            self._error = QueryEnded(_ENDED) if isinstance(error, asyncio.CancelledError) else error
             raise
         finally:
             self._ended = True
@@ -116,7 +119,7 @@ class Replay:
         """Lets go of everything, to be called when nobody will read on; who does gets an error."""
         self._messages.clear()
         # Its traceback leads back here.
-        self._error = QueryEnded("the coordinator ended the query")
+        self._error = QueryEnded(_ENDED)
         self._ended = True
         self._wake()
 

@@ -9,10 +9,17 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message import Message as ProtobufMessage
 
 from worker import plan_proto
-from worker.errors import InvalidPlan
+from worker.config import MEBIBYTE
+from worker.errors import InvalidPlan, InvalidRequest
 from worker.plan_proto import Message
 from worker.proto import nodes_pb2, worker_pb2
 from worker.ticket import QUERY_ID_BYTES, StageKey
+
+# The most partitions of a task, over all tasks that read it: each costs memory here, also when it stays empty.
+MAX_PARTITIONS = 1 << 16
+
+# What a rewritten plan may have more than what came: bytes of copies, which in each other get many fast.
+MAX_COPIES = 32 * MEBIBYTE
 
 # What stands above the plan of a task, which whoever reads it says.
 Head: TypeAlias = worker_pb2.NoneHead | worker_pb2.BroadcastExecHead | worker_pb2.RepartitionExecHead
@@ -129,6 +136,10 @@ def leaf(node: Message, kind: str, network: nodes_pb2.Network, place: Place, *, 
             f"a {kind} node of task {place.index} of {place.count} reads {partitions} partitions from "
             f"{len(stage.tasks)} tasks of a query with an id of {len(stage.query_id)} bytes"
         )
+    if partitions * place.count > MAX_PARTITIONS:
+        raise InvalidPlan(
+            f"a {kind} node has {partitions} partitions for each of {place.count} tasks: {MAX_PARTITIONS} is the most"
+        )
     head: Head
     if kind == "coalesce":
         reads, head = list(_coalesced(stage, partitions, place)), worker_pb2.NoneHead()
@@ -155,6 +166,26 @@ def decoded(kind: Message, data: bytes) -> Message:
         return kind.FromString(data)
     except DecodeError as error:
         raise InvalidPlan(f"{len(data)} bytes of the plan are not a {kind.DESCRIPTOR.full_name}") from error
+
+
+def check_head(head: Head) -> None:
+    """Looks at a head before a task gets it, which it then has for good.
+
+    Raises:
+        InvalidRequest: it is none, or has too many partitions.
+    """
+    match head:
+        case worker_pb2.RepartitionExecHead():
+            partitioning = decoded(plan_proto.Partitioning, head.partitioning)
+            if partitioning.WhichOneof("partition_method") is None:
+                raise InvalidRequest("the task's head has no partitioning: it must be a datafusion.Partitioning")
+            partitions = partition_count(partitioning)
+        case worker_pb2.BroadcastExecHead():
+            partitions = head.output_partitions
+        case _:
+            return
+    if partitions > MAX_PARTITIONS:
+        raise InvalidRequest(f"the task's head has {partitions} partitions: {MAX_PARTITIONS} is the most")
 
 
 def partition_count(partitioning: Message) -> int:

@@ -210,7 +210,7 @@ class _Stream:
         id_ = number(header, batch, _ID_SLOT, LONG)
         is_delta = number(header, batch, _IS_DELTA_SLOT, BYTE)
         # An id stays in its place: what is inside of other dictionaries goes before them.
-        self._dictionaries[id_] = [*self._dictionaries[id_], message] if is_delta else [message]
+        self._dictionaries[id_] = [*self._dictionaries.get(id_, ()), message] if is_delta else [message]
         self._is_changed = True
 
     def add_batch(self, message: _Framed) -> int:
@@ -296,5 +296,8 @@ def _write(file: int, parts: list[Part]) -> None:
 
 
 def _has_dictionaries(schema: bytes) -> bool:
-    fields = pa.ipc.read_schema(pa.py_buffer(_Framed(schema).metadata))
+    try:
+        fields = pa.ipc.read_schema(pa.py_buffer(_Framed(schema).metadata))
+    except (OSError, pa.ArrowException) as error:
+        raise ExecutionFailed(f"an upstream task sent a schema that Arrow cannot read: {error}") from error
     return any(has_dictionaries(field_.type) for field_ in fields)

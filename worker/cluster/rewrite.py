@@ -11,7 +11,7 @@ from typing import TypeAlias
 from datafusion import ExecutionPlan
 
 from worker import plan, plan_proto
-from worker.cluster.nodes import Head, Leaf, Place, decoded, distributed_kind, leaf, parse
+from worker.cluster.nodes import MAX_COPIES, MAX_PARTITIONS, Head, Leaf, Place, distributed_kind, leaf, parse
 from worker.errors import InvalidPlan
 from worker.plan_proto import Message
 from worker.proto import nodes_pb2, worker_pb2
@@ -69,10 +69,7 @@ def with_head(message: Message, head: Head) -> tuple[Message, Origins]:
     """A copy of a plan below its head, and what the coordinator's head node is in it."""
     headed = plan_proto.PhysicalPlanNode()
     if isinstance(head, worker_pb2.RepartitionExecHead):
-        partitioning = decoded(plan_proto.Partitioning, head.partitioning)
-        if partitioning.WhichOneof("partition_method") is None:
-            raise InvalidPlan("the task's head has no partitioning: it must be a datafusion.Partitioning")
-        headed.repartition.partitioning.CopyFrom(partitioning)
+        headed.repartition.partitioning.MergeFromString(head.partitioning)
         headed.repartition.input.CopyFrom(message)
         return headed, [Origin.KEPT]
     headed.CopyFrom(message)
@@ -122,6 +119,7 @@ class Rewriter:
         self._count_partitions = count_partitions
         self._parse = parse
         self._interleaves = 0
+        self._copied = 0
 
     def rewrite(self, node: Message, place: Place) -> None:
         """Rewrites a node and those below it, in place."""
@@ -167,6 +165,9 @@ class Rewriter:
         chosen = union.task_idx_map[place.index].child_ctx
         if not inputs or any(child.child_idx >= len(inputs) for child in chosen):
             raise InvalidPlan(f"a union of {len(inputs)} inputs wants input {[child.child_idx for child in chosen]}")
+        if union.partition_count > MAX_PARTITIONS:
+            raise InvalidPlan(f"a union has {union.partition_count} partitions: {MAX_PARTITIONS} is the most")
+        self._count_copies(sum(inputs[child.child_idx].ByteSize() for child in chosen) - node.ByteSize())
         empty = plan_proto.PhysicalPlanNode()
         empty.CopyFrom(inputs[0])
         sizes = [self._size(child) for child in inputs] if self.lists_all_inputs else [0] * len(inputs)
@@ -216,10 +217,13 @@ class Rewriter:
         """Makes a union of copies of a node: each is computed anew, where a coordinator left a broadcast in a plan."""
         self._rewritten.origins.append(Origin.GONE if times == 1 else Origin.KEPT)
         repeated = only_input(node, "broadcast")
+        if not times:
+            raise InvalidPlan("a broadcast node is for 0 tasks: one is the least")
         if times == 1:
             replace(node, repeated)
             self.rewrite(node, place)
             return
+        self._count_copies((times - 1) * repeated.ByteSize())
         united = plan_proto.PhysicalPlanNode()
         for _ in range(times):
             united.union.inputs.add().CopyFrom(repeated)
@@ -229,6 +233,12 @@ class Rewriter:
             self.rewrite(part, place)
             if index:
                 self._rewritten.origins[start:] = [Origin.ADDED] * (len(self._rewritten.origins) - start)
+
+    def _count_copies(self, size: int) -> None:
+        """Adds bytes that the plan is about to get more."""
+        self._copied += max(0, size)
+        if self._copied > MAX_COPIES:
+            raise InvalidPlan(f"the plan repeats its inputs too often: {MAX_COPIES} bytes of copies are the most")
 
 
 def _strip_head(message: Message) -> None:

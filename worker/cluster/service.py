@@ -9,13 +9,14 @@ from typing import Any, Self
 
 import grpc
 from datafusion import SessionContext
+from google.protobuf.message import DecodeError
 
 from worker import flight_data, plan
 from worker.cluster.channels import Channels
 from worker.cluster.fetch import Source
 from worker.cluster.folder import ExchangeFolder
 from worker.cluster.members import Members
-from worker.cluster.nodes import Head, Place
+from worker.cluster.nodes import Head, Place, check_head
 from worker.cluster.rewrite import Rewritten, rewrite
 from worker.cluster.settings import ClusterSettings, passed_on
 from worker.cluster.task import ClusterTask, Orders
@@ -205,7 +206,10 @@ def add_WorkerServiceServicer_to_server(
 
 
 async def _set_plan_request(requests: AsyncIterator[worker_pb2.CoordinatorToWorkerMsg]) -> worker_pb2.SetPlanRequest:
-    first = await anext(aiter(requests), None)
+    try:
+        first = await anext(aiter(requests), None)
+    except DecodeError:
+        first = None
     if first is None or first.WhichOneof("inner") != "set_plan_request":
         raise InvalidRequest("the first message of a CoordinatorChannel must be a set_plan_request")
     request = first.set_plan_request
@@ -237,6 +241,7 @@ def _head(request: worker_pb2.ExecuteTaskRequest) -> Head:
     if name is None:
         raise InvalidRequest("the request has no producer_head: none, broadcast or repartition is right")
     head: Head = getattr(request, name)
+    check_head(head)
     return head
 
 

@@ -23,6 +23,12 @@ _BATCH_SIZE = "datafusion.execution.batch_size"
 # are a tenth of what is sent fastest, since a batch is of one partition of a shuffle.
 BATCH_SIZE = 16384
 
+# The most. DataFusion reserves memory for so many rows of each partition, and aborts the process where there is none.
+MAX_BATCH_SIZE = 1 << 20
+
+# Rust's ``usize``, which these numbers are.
+_LARGEST = (1 << 64) - 1
+
 # What gRPC itself puts into the metadata of a request, or reads from it: not to be passed on.
 _TRANSPORT = ("user-agent", "te", "content-type", "grpc-", ":")
 
@@ -49,10 +55,12 @@ class ClusterSettings:
         collect = headers.get(_DISTRIBUTED + "collect_metrics", "true")
         if collect not in ("true", "false"):
             raise InvalidHeader(f"header '{_DISTRIBUTED}collect_metrics' is {collect!r}: true or false is right")
+        batch_size = _number(headers, "shuffle_batch_size", default.shuffle_batch_size)
+        _check_batch_size(_DISTRIBUTED + "shuffle_batch_size", batch_size)
         return cls(
             compression=output.compression(headers) or default.compression,
             collect_metrics=collect == "true",
-            shuffle_batch_size=_number(headers, "shuffle_batch_size", default.shuffle_batch_size),
+            shuffle_batch_size=batch_size,
             buffer_budget=_number(headers, "worker_connection_buffer_budget_bytes", default.buffer_budget),
         )
 
@@ -72,6 +80,8 @@ class ClusterSettings:
                     if "not found" in str(error):
                         continue
                     raise InvalidHeader(f"header {name!r} is {value!r}: {error}") from error
+                if option == _BATCH_SIZE:
+                    _check_batch_size(name, int(value))
                 builder.with_config_option(option, value)
         if self.shuffle_batch_size:
             builder.with_config_option(_BATCH_SIZE, self.shuffle_batch_size)
@@ -82,8 +92,14 @@ def passed_on(headers: Headers) -> list[tuple[str, str | bytes]]:
     return [(name, value) for name in headers if not name.startswith(_TRANSPORT) for value in headers.get_all(name)]
 
 
+def _check_batch_size(name: str, rows: int) -> None:
+    if rows > MAX_BATCH_SIZE:
+        raise InvalidHeader(f"header {name!r} is '{rows}': {MAX_BATCH_SIZE} rows are the most")
+
+
 def _number(headers: Headers, name: str, default: int) -> int:
     value = headers.get(_DISTRIBUTED + name, str(default))
-    if not (isinstance(value, str) and value.isascii() and value.isdigit()):
-        raise InvalidHeader(f"header '{_DISTRIBUTED}{name}' is {value!r}: a number is right")
+    is_number = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= len(str(_LARGEST))
+    if not is_number or int(value) > _LARGEST:
+        raise InvalidHeader(f"header '{_DISTRIBUTED}{name}' is {value!r}: a number up to {_LARGEST} is right")
     return int(value)

@@ -133,8 +133,11 @@ class ClusterTask:
         """The schema's message, of a task without rows.
 
         Raises:
+            QueryEnded: the coordinator ended the query.
             WorkerError: as ``plan.schema_of``.
         """
+        if self._closed:
+            raise QueryEnded("the coordinator ended the query")
         schema = await self._tasks.in_thread(plan.schema_of, self._session, self._plan_bytes)
         return Encoder(schema, MAX_MESSAGE_SIZE).schema()
 
@@ -300,10 +303,13 @@ class ClusterTask:
         if running is None:
             raise QueryEnded("the coordinator ended the query")
         try:
-            return await asyncio.shield(running)
+            result = await asyncio.shield(running)
         finally:
             # Its error has this frame in its traceback.
             del running
+        if self._closed:
+            raise QueryEnded("the coordinator ended the query")
+        return result
 
     def _own(self, work: "Coroutine[Any, Any, T] | asyncio.Future[T]") -> "asyncio.Future[T]":
         """Runs what ends with the task."""
