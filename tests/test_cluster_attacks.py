@@ -125,7 +125,8 @@ async def test_heads_that_are_none_are_refused_and_leave_the_task_as_it_was() ->
         call = await set_plan(service, numbers(), query)
         for rubbish in (b"\xff", b""):
             code, details = await status(read(service, query, worker_pb2.RepartitionExecHead(partitioning=rubbish)))
-            assert (code.name, details[:35]) == ("INVALID_ARGUMENT", "the task's head has no partitioning")
+            assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert "datafusion.Partitioning" in details
         assert await status(read(service, query)) == (grpc.StatusCode.OK, "")
         call.cancel()
 
@@ -133,8 +134,8 @@ async def test_heads_that_are_none_are_refused_and_leave_the_task_as_it_was() ->
 @pytest.mark.parametrize(
     ("partitioning", "schema", "reason"),
     [
-        (b"\xff", None, "the partitioning or the schema of a shuffle node is not one of DataFusion's"),
-        (None, b"\xff", "the partitioning or the schema of a shuffle node is not one of DataFusion's"),
+        (b"\xff", None, "1 bytes of the plan are not a datafusion.Partitioning"),
+        (None, b"\xff", "1 bytes of the plan are not a datafusion_common.Schema"),
         (
             Partitioning(unknown=MANY).SerializeToString(),
             None,

@@ -147,11 +147,16 @@ async def test_who_reads_no_further_closes_all_and_little_was_made_in_vain(parti
     await anext(merged)
     for _ in range(100):
         await asyncio.sleep(0)
+
+    async def close() -> bool:
+        await merged.aclose()
+        return all(source.closed for source in sources)
+
     # No timeout here, which would cancel it: that helps a close that hangs.
-    closing = asyncio.ensure_future(merged.aclose())
+    closing = asyncio.ensure_future(close())
     done, _ = await asyncio.wait([closing], timeout=2)
     assert done
-    assert all(source.closed for source in sources)
+    assert closing.result()
     assert sum(source.made for source in sources) <= partitions + 5
 
 

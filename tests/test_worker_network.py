@@ -413,10 +413,18 @@ RUBBISH = {
 
 
 @pytest.mark.parametrize("messages", RUBBISH.values(), ids=RUBBISH)
-async def test_a_worker_that_answers_with_rubbish_is_named(messages: list[worker_pb2.FlightData]) -> None:
+async def test_a_worker_that_answers_with_rubbish_is_named_and_not_listened_to(
+    messages: list[worker_pb2.FlightData],
+) -> None:
+    ended = asyncio.Event()
+
     async def answer(request: worker_pb2.ExecuteTaskRequest, context: Context) -> AsyncIterator[worker_pb2.FlightData]:
-        for message in messages:
-            yield message
+        try:
+            for message in messages:
+                yield message
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
 
     async with (
         running_worker() as running,
@@ -426,6 +434,7 @@ async def test_a_worker_that_answers_with_rubbish_is_named(messages: list[worker
         code, text = await refused_read(running, task.key)
         assert code is grpc.StatusCode.INTERNAL
         assert text.startswith(f"worker {source} does not answer rightly: ")
+        await asyncio.wait_for(ended.wait(), 2)
 
 
 async def test_a_cancelled_query_leaves_nothing_of_what_it_was_reading(tmp_path: Path) -> None:

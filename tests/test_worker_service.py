@@ -35,6 +35,7 @@ from worker_service import (
 
 from worker import PermissionDenied, Settings, WorkerQueryContext, plan_proto
 from worker.cluster import tasks
+from worker.cluster.nodes import parse
 from worker.message import Message
 from worker.proto import nodes_pb2, worker_pb2
 from worker.testing import running_worker
@@ -334,6 +335,9 @@ async def test_a_node_of_a_users_codec_goes_to_the_sessions_codecs() -> None:
         code, text = await refused_read(running, task.key)
         assert code is INVALID
         assert "PhysicalExtensionCodec" in text
+    # It gets what it has written, without what the composed codec put around it.
+    assert parse(plan) is None
+    assert plan.extension.node == b"a node of mine"
 
 
 async def test_a_plan_is_set_once_for_a_key() -> None:
