@@ -400,3 +400,27 @@ async def test_what_was_made_ahead_of_a_reader_that_goes_away_holds_up_nothing(p
     async with asyncio.timeout(SECONDS):
         await messages.aclose()
     assert closed == set(range(partitions))
+
+
+async def test_a_task_that_reads_itself_is_refused() -> None:
+    query = uuid.uuid4()
+    plan = network(["http://127.0.0.1:1"], query)
+    async with running_worker() as running, connected(running) as service:
+        request = worker_pb2.SetPlanRequest(
+            task_key=key(query, stage=2), task_count=1, plan_proto=plan.SerializeToString()
+        )
+        call = service.CoordinatorChannel()
+        await call.write(worker_pb2.CoordinatorToWorkerMsg(set_plan_request=request))
+        code, details = await status(call)
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert "reads that very task" in details
+
+
+async def test_readers_of_a_task_whose_settings_are_refused_are_told_so() -> None:
+    query = uuid.uuid4()
+    name = "x-datafusion-distributed-config-distributed.compression"
+    async with running_worker() as running, connected(running) as service:
+        reader = read(service, query)
+        call = await set_plan(service, numbers(), query, metadata=((name, "tar"),))
+        assert await status(call) == await status(reader)
+        assert await reader.code() is grpc.StatusCode.INVALID_ARGUMENT

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import uuid
 from pathlib import Path
+from threading import Lock
 
 PREFIX = "worker-exchange-"
 LOCK = "lock"
@@ -25,14 +26,21 @@ class ExchangeFolder:
         """
         self._parent = Path(parent or tempfile.gettempdir())
         self._folder: Path | None = None
+        self._making = Lock()
         self._lock = -1
 
+    @property
+    def is_made(self) -> bool:
+        """Whether it is there."""
+        return self._folder is not None
+
     def new(self) -> Path:
-        """A path in it that nothing has."""
-        if self._folder is None:
-            self._delete_abandoned()
-            self._folder, self._lock = self._make()
-        return self._folder / uuid.uuid4().hex
+        """A path in it that nothing has. Blocks where it is not there yet, also for what others have left."""
+        with self._making:
+            if self._folder is None:
+                self._delete_abandoned()
+                self._folder, self._lock = self._make()
+            return self._folder / uuid.uuid4().hex
 
     def close(self) -> None:
         """Deletes it. Blocks."""

@@ -22,7 +22,7 @@ from worker.cluster.settings import ClusterSettings, passed_on
 from worker.cluster.task import ClusterTask, Orders
 from worker.cluster.tasks import ClusterTasks
 from worker.config import Settings
-from worker.errors import FailedPrecondition, InvalidRequest
+from worker.errors import FailedPrecondition, InvalidPlan, InvalidRequest
 from worker.message import Message
 from worker.plan_proto import Message as PlanMessage
 from worker.proto import worker_pb2, worker_pb2_grpc
@@ -76,15 +76,16 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
         """A task's life: from its plan until the coordinator says that the query has ended."""
         async with self._answering(context):
             request = await _set_plan_request(request_iterator)
+            key = _stage_key(request.task_key)
             query = self._query_context(
                 context,
                 task_index=request.task_key.task_number,
                 task_count=request.task_count,
-                stage_key=_stage_key(request.task_key),
+                stage_key=key,
             )
-            settings = ClusterSettings.from_headers(query.headers)
 
             async def make() -> tuple[str, ClusterTask]:
+                settings = ClusterSettings.from_headers(query.headers)
                 settings.apply(query.headers, query.builder)
                 session = await self._session_builder.build_session_state(query)
                 if request.work_unit_feed_declarations:
@@ -101,32 +102,28 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
                     place,
                     query.builder.python_udf_inlining,
                 )
-                read = (read.url for leaf in rewritten.leaves for read in leaf.reads)
-                self._members.named(query.principal, (request.target_worker_url, *read))
-                orders = Orders(
-                    _stage_key(request.task_key),
-                    request.task_count,
-                    settings.compression,
-                    settings.buffer_budget,
-                    request.query_start_time_ns,
-                )
+                reads = [read for leaf in rewritten.leaves for read in leaf.reads]
+                if any(read.key == key for read in reads):
+                    raise InvalidPlan(f"the plan of task {key} reads that very task")
+                self._members.named(query.principal, (request.target_worker_url, *(read.url for read in reads)))
+                orders = Orders(key, request.task_count, settings, request.query_start_time_ns)
                 source = Source(
                     self._channels,
                     request.target_worker_url,
                     self._own_output(query.principal),
                     passed_on(query.headers),
                 )
-                task = ClusterTask(orders, self._tasks, session, rewritten, source, self._folder.new())
-                return query.principal, task
+                folder = await self._tasks.in_thread_if(not self._folder.is_made, self._folder.new)
+                return query.principal, ClusterTask(orders, self._tasks, session, rewritten, source, folder)
 
-            async with self._cluster_tasks.task(_stage_key(request.task_key), make) as task:
+            async with self._cluster_tasks.task(key, make) as task:
                 async for load in task.load_infos():
                     await context.write(worker_pb2.WorkerToCoordinatorMsg(load_info=load))
                 await context.write(worker_pb2.WorkerToCoordinatorMsg(load_info_eos=True))
                 async for message in request_iterator:
                     if message.WhichOneof("inner") == "set_plan_request":
                         raise InvalidRequest("a CoordinatorChannel sets one plan, with its first message")
-                if settings.collect_metrics:
+                if task.orders.settings.collect_metrics:
                     figures = await self._tasks.in_thread(task.figures)
                     await context.write(worker_pb2.WorkerToCoordinatorMsg(task_metrics=figures))
 
@@ -162,7 +159,7 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
             task = await self._cluster_tasks.find(key, query.principal if is_known else None)
             partitions = range(request.target_partition_start, request.target_partition_end)
             schemas: dict[int, Message] = {}
-            async with aclosing(task.output(partitions, head, task.orders.compression)) as output:
+            async with aclosing(task.output(partitions, head, task.orders.settings.compression)) as output:
                 async for partition, message in output:
                     schemas.setdefault(partition, message)
                     self._count(message)

@@ -19,6 +19,7 @@ from worker.cluster.merge import Replay, interleaved, together
 from worker.cluster.metrics import NetworkFigures
 from worker.cluster.nodes import Head, Leaf
 from worker.cluster.rewrite import Origin, Origins, Rewritten, executed, with_head
+from worker.cluster.settings import ClusterSettings
 from worker.config import MEBIBYTE, Compression
 from worker.encode import Encoder
 from worker.errors import FailedPrecondition, PartitionOutOfRange, QueryEnded, Unavailable
@@ -44,9 +45,7 @@ class Orders:
 
     key: StageKey
     task_count: int
-    compression: Compression
-    buffer_budget: int
-    """Bytes that may be held in memory for a connection to another worker."""
+    settings: ClusterSettings
     query_start: int
     """In nanoseconds since 1970."""
 
@@ -240,7 +239,9 @@ class ClusterTask:
         self._loads.put_nowait(load.to_proto(partition))
 
     def _intake(self, schema: Any, partitions: int, name: str) -> Intake:
-        return Intake(schema, partitions, self._store, name, self._tasks, min(HELD_BYTES, self.orders.buffer_budget))
+        return Intake(
+            schema, partitions, self._store, name, self._tasks, min(HELD_BYTES, self.orders.settings.buffer_budget)
+        )
 
     def _take(self, partitions: range, count: int) -> None:
         if partitions.stop > count or not partitions:

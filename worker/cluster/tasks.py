@@ -55,7 +55,11 @@ class ClusterTasks:
         except BaseException as error:
             entry.has_failed = True
             # Not the error itself: the session is in the frames that its traceback names.
-            told = error if isinstance(error, WorkerError) else QueryEnded("the coordinator ended the query")
+            told: WorkerError = WorkerError("internal error: the worker's log says why")
+            if isinstance(error, asyncio.CancelledError):
+                told = QueryEnded("the coordinator ended the query")
+            elif isinstance(error, WorkerError):
+                told = error
             entry.set.set_exception(UpstreamFailed(str(told), told.status))
             entry.set.exception()
             del told
