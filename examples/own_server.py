@@ -29,6 +29,7 @@ from worker import (
     Worker,
     WorkerQueryContext,
     add_FlightServiceServicer_to_server,
+    add_WorkerServiceServicer_to_server,
     keep_freed_memory,
     server_options,
 )
@@ -77,6 +78,8 @@ async def serve(port: int) -> None:
     async with Worker.from_session_builder(build_state) as worker:
         server = grpc.aio.server(options=server_options())
         add_FlightServiceServicer_to_server(worker, server)
+        # For coordinators of a cluster, and its other workers.
+        add_WorkerServiceServicer_to_server(worker, server)
         # Beyond this machine, tokens need TLS: ``add_secure_port``.
         port = server.add_insecure_port(f"127.0.0.1:{port}")
         await server.start()
