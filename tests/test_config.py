@@ -44,6 +44,7 @@ DEFAULTS = {
     "idle_time": 60,
     "grace": 30,
     "shutdown_delay": 0,
+    "reflection": True,
     "log_level": "info",
 }
 
@@ -70,6 +71,7 @@ VALUES = [
     ("idle_time", "0.5", 0.5),
     ("grace", "0", 0),
     ("shutdown_delay", "2", 2),
+    ("reflection", "false", False),
     ("log_level", "debug", "debug"),
 ]
 
@@ -85,11 +87,25 @@ def test_a_setting_has_one_name_in_code_environment_and_command_line(
     expected = DEFAULTS | {name: value}
     option = f"--{name.replace('_', '-')}"
     assert _code(**{name: text}).model_dump() == expected
-    assert _command_line(option, text).model_dump() == expected
-    assert _command_line(f"{option}={text}").model_dump() == expected
+    if isinstance(value, bool):
+        assert _command_line(option if value else f"--no-{option.removeprefix('--')}").model_dump() == expected
+    else:
+        assert _command_line(option, text).model_dump() == expected
+        assert _command_line(f"{option}={text}").model_dump() == expected
     monkeypatch.setenv(f"WORKER_{name.upper()}", text)
     assert Settings().model_dump() == expected
     assert _command_line().model_dump() == expected
+
+
+def test_an_option_of_several_values_may_come_several_times() -> None:
+    urls = ("http://a:1", "http://b:2", "https://c:3")
+    settings = _command_line("--cluster-workers", ",".join(urls[:2]), f"--cluster-workers={urls[2]}")
+    assert settings.cluster_workers == urls
+
+
+def test_the_last_of_several_flags_counts() -> None:
+    assert _command_line("--no-reflection", "--reflection").reflection
+    assert not _command_line("--reflection", "--no-reflection").reflection
 
 
 def test_code_and_command_line_go_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,6 +138,7 @@ def test_code_and_command_line_go_before_the_environment(monkeypatch: pytest.Mon
         ("grace", "nan"),
         ("grace", "inf"),
         ("shutdown_delay", "-0.1"),
+        ("reflection", "maybe"),
         ("log_level", "loud"),
     ],
 )
@@ -134,7 +151,8 @@ def test_a_value_that_does_not_fit_is_refused_by_its_name(
         assert [error["loc"] for error in caught.value.errors()] == [(name,)]
 
     refused(lambda: _code(**{name: text}))
-    refused(lambda: _command_line(f"--{name.replace('_', '-')}={text}"))
+    if Settings.model_fields[name].annotation is not bool:
+        refused(lambda: _command_line(f"--{name.replace('_', '-')}={text}"))
     monkeypatch.setenv(f"WORKER_{name.upper()}", text)
     refused(Settings)
 
@@ -156,7 +174,9 @@ def test_variables_of_other_programs_are_no_settings(monkeypatch: pytest.MonkeyP
     assert Settings().model_dump() == DEFAULTS
 
 
-@pytest.mark.parametrize("arguments", [["--por", "1"], ["--unknown", "1"], ["--port"], ["extra"]])
+@pytest.mark.parametrize(
+    "arguments", [["--por", "1"], ["--unknown", "1"], ["--port"], ["extra"], ["--no-port"], ["--reflection=true"]]
+)
 def test_the_command_line_refuses_what_it_does_not_know(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,9 +192,10 @@ def test_the_help_says_every_option_with_its_default(capsys: pytest.CaptureFixtu
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for name, field in Settings.model_fields.items():
-        assert f"--{name.replace('_', '-')} " in text
+        assert f"--{name.replace('_', '-')}{',' if field.annotation is bool else ''} " in text
         assert field.description is not None
         assert field.description in text
+    assert "--reflection, --no-reflection" in text
     assert "(default: 8000)" in text
     assert "(default: 64.0MiB)" in text
 

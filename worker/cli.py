@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn, get_origin
 
 from pydantic import ByteSize, ValidationError
 
@@ -86,7 +86,10 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Every setting as an option, its value left as text: the model knows what it may be."""
+    """Every setting as an option, its value left as text: the model knows what it may be.
+
+    One that is true or false is a flag, ``--name`` or ``--no-name``; one of several values may come several times.
+    """
     parser = argparse.ArgumentParser(
         PROGRAM,
         description="Executes DataFusion plans that come in Arrow Flight tickets, and streams record batches back.",
@@ -96,13 +99,23 @@ def _parser() -> argparse.ArgumentParser:
     for name, field in Settings.model_fields.items():
         default = field.default.human_readable() if isinstance(field.default, ByteSize) else field.default
         shown = "" if field.default_factory or default is None else f" (default: {default})"
+        kind: dict[str, Any] = {"metavar": name.rpartition("_")[2].upper()}
+        if field.annotation is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif get_origin(field.annotation) is tuple:
+            kind["action"] = _Joined
         parser.add_argument(
-            _option(name),
-            metavar=name.rpartition("_")[2].upper(),
-            default=argparse.SUPPRESS,
-            help=f"{field.description}{shown}".replace("%", "%%"),
+            _option(name), default=argparse.SUPPRESS, help=f"{field.description}{shown}".replace("%", "%%"), **kind
         )
     return parser
+
+
+class _Joined(argparse.Action):
+    """All values of an option as one text, as a variable has them: separated by commas."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        before = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, values if before is None else f"{before},{values}")
 
 
 def _unknown_variables() -> set[str]:

@@ -13,12 +13,12 @@ MEBIBYTE = 1 << 20
 # A number of bytes, which text may give in units too, such as "64MiB".
 Bytes: TypeAlias = Annotated[int, BeforeValidator(TypeAdapter(ByteSize).validate_python)]
 
-# URLs of workers as coordinators have them, which text separates by commas.
-Urls: TypeAlias = Annotated[
-    tuple[Annotated[str, Field(pattern=r"^https?://[^\s,]+$")], ...],
-    NoDecode,
-    BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value),
-]
+# For a tuple, whose values text separates by commas: ``Annotated[tuple[…], NoDecode, BY_COMMAS]``.
+# (``NoDecode`` because variables are JSON to pydantic.)
+BY_COMMAS = BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value)
+
+# URLs of workers as coordinators have them.
+Urls: TypeAlias = Annotated[tuple[Annotated[str, Field(pattern=r"^https?://[^\s,]+$")], ...], NoDecode, BY_COMMAS]
 
 Compression: TypeAlias = Literal["none", "lz4", "zstd"]
 
@@ -40,6 +40,8 @@ def usable_memory() -> int:
 
 class Settings(BaseSettings):
     """Every setting by its one name: ``Settings(idle_time=5)``, ``WORKER_IDLE_TIME=5``, ``--idle-time 5``.
+
+    What is true or false is a flag on the command line: ``--reflection`` or ``--no-reflection``.
 
     Raises:
         pydantic.ValidationError: a value, also one from the environment, does not fit; the error names it.
@@ -114,6 +116,7 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="seconds between health NOT_SERVING and the refusal of new requests, for load balancers to notice",
     )
+    reflection: bool = Field(default=True, description="whether clients may ask which services and messages there are")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="the least that is logged: debug, info, warning or error"
     )

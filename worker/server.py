@@ -35,8 +35,9 @@ class Server:
         cluster.add_WorkerServiceServicer_to_server(worker, self._server)
         observability.add_ObservabilityServiceServicer_to_server(worker, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        services = (SERVICE, cluster.SERVICE, observability.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(services, self._server)
+        if settings.reflection:
+            services = (SERVICE, cluster.SERVICE, observability.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(services, self._server)
         self.address = ""
         """Where it listens, as ``host:port``; known once it has started."""
 
