@@ -91,7 +91,7 @@ def test_the_core_knows_neither_grpc_nor_flight(name: str) -> None:
     assert not [name for name in imported if name.split(".")[0] == "grpc" or "Flight_pb2" in name]
 
 
-@pytest.mark.parametrize("name", ["message", "headers", "ticket", "encode", "decode", "flight_data"])
+@pytest.mark.parametrize("name", ["message", "ipc", "headers", "ticket", "encode", "decode", "flight_data"])
 def test_what_is_pure_has_no_event_loop(name: str) -> None:
     assert not {"asyncio", "grpc", "threading"} & {name.split(".")[0] for name in _imports(f"worker.{name}")}
 

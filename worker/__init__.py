@@ -1,6 +1,6 @@
 """A worker for distributed DataFusion: executes physical plans that come in Arrow Flight tickets.
 
-Layers, each importing only from those before it: errors, message, allocator, interrupt; headers, ticket, config,
+Layers, each importing only from those before it: errors, message, ipc, allocator, interrupt; headers, ticket, config,
 output; plan_proto, session, plan, partitionwise; views, dictionaries, compact, compress, encode, decode, flight_data;
 stream; tasks; servicer; cluster; service; server, client, testing, importer; the command lines.
 """
