@@ -1,14 +1,15 @@
 """A worker for distributed DataFusion: executes physical plans that come in Arrow Flight tickets.
 
 Layers, each importing only from those before it: errors, message, ipc, allocator, interrupt; headers, ticket, config,
-output; plan_proto, session, plan, partitionwise; views, dictionaries, compact, compress, encode, decode, flight_data;
-stream; tasks; servicer; cluster; service; server, client, testing, importer; the command lines.
+output; files, tls, auth; plan_proto, session, plan, partitionwise; views, dictionaries, compact, compress, encode,
+decode, flight_data; stream; tasks; servicer; cluster; service; server, client, testing, importer; the command lines.
 """
 
 from worker.allocator import keep_freed_memory
+from worker.auth import TokenAuth
 from worker.cluster.observability import add_ObservabilityServiceServicer_to_server
 from worker.cluster.service import add_WorkerServiceServicer_to_server
-from worker.config import Settings
+from worker.config import Settings, UnfitSettings
 from worker.errors import (
     EnginePanicked,
     ExecutionFailed,
@@ -70,8 +71,10 @@ __all__ = [
     "StageKey",
     "StageKeyConflict",
     "Statistics",
+    "TokenAuth",
     "Unauthenticated",
     "Unavailable",
+    "UnfitSettings",
     "UpstreamFailed",
     "Worker",
     "WorkerError",

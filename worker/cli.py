@@ -13,7 +13,7 @@ from typing import Any, NoReturn, get_origin
 from pydantic import ByteSize, ValidationError
 
 from worker.allocator import keep_freed_memory
-from worker.config import Settings
+from worker.config import Settings, UnfitSettings
 from worker.importer import ImportFailed, load_session_builder
 from worker.server import Server
 from worker.service import Worker
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             end(0)
     except ValidationError as error:
         fail("; ".join(f"{_names(problem['loc'])}: {problem['msg']}" for problem in error.errors()))
-    except (ImportFailed, OSError) as error:
+    except (ImportFailed, UnfitSettings, OSError) as error:
         logger.debug("cannot start", exc_info=error)
         fail(str(error))
 
@@ -72,7 +72,7 @@ async def _serve(settings: Settings, session_builder: SessionBuilder | None) -> 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
     async with Worker(session_builder, settings=settings) as worker, Server(worker, settings) as server:
-        print(f"listening on grpc://{server.address}", flush=True)
+        print(f"listening on {server.scheme}://{server.address}", flush=True)
         await stopped.wait()
 
 

@@ -1,11 +1,12 @@
 """All settings of a worker, in one model: defaults here, then ``WORKER_…`` variables, then the command line."""
 
 import contextlib
+import ipaddress
 import os
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BeforeValidator, ByteSize, DirectoryPath, Field, TypeAdapter
+from pydantic import BeforeValidator, ByteSize, DirectoryPath, Field, FilePath, TypeAdapter
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 MEBIBYTE = 1 << 20
@@ -19,6 +20,9 @@ BY_COMMAS = BeforeValidator(lambda value: value.split(",") if isinstance(value, 
 
 # URLs of workers as coordinators have them.
 Urls: TypeAlias = Annotated[tuple[Annotated[str, Field(pattern=r"^https?://[^\s,]+$")], ...], NoDecode, BY_COMMAS]
+
+# Which gRPC takes in milliseconds, of 31 bits.
+Seconds: TypeAlias = Annotated[float, Field(gt=0, le=2_000_000)]
 
 Compression: TypeAlias = Literal["none", "lz4", "zstd"]
 
@@ -36,6 +40,21 @@ def usable_memory() -> int:
             if limit != "max":
                 usable = min(usable, int(limit))
     return usable
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches a server on ``host``; what is not known to be so is not."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host.lower() == "localhost"
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
+        return address.ipv4_mapped.is_loopback
+    return address.is_loopback
+
+
+class UnfitSettings(Exception):
+    """Settings that do not go together, or a file that one of them names is of no use."""
 
 
 class Settings(BaseSettings):
@@ -115,6 +134,40 @@ class Settings(BaseSettings):
         ge=0,
         allow_inf_nan=False,
         description="seconds between health NOT_SERVING and the refusal of new requests, for load balancers to notice",
+    )
+    tls_cert: FilePath | None = Field(
+        default=None,
+        description="a PEM file of the worker's certificate and those that vouch for it; with it, TLS is all there is. "
+        "Read anew when it changes",
+    )
+    tls_key: FilePath | None = Field(default=None, description="a PEM file of the key of tls_cert, not encrypted")
+    tls_client_ca: FilePath | None = Field(
+        default=None,
+        description="a PEM file of certificates; clients have to show one that these vouch for. Other workers are "
+        "trusted by it too, and shown tls_cert",
+    )
+    auth_token_file: FilePath | None = Field(
+        default=None,
+        description="a file of tokens, 'token' or 'name:token' a line, one of which has to come with every request, "
+        "as authorization: Bearer token. Read anew when it changes",
+    )
+    insecure: bool = Field(
+        default=False,
+        description="whether to listen for other machines even without TLS or without a check of who asks",
+    )
+    keepalive_time: Seconds = Field(
+        default=60,
+        description="seconds of silence on a connection after which the peer is asked whether it is there; "
+        "load balancers forget connections that are silent for some minutes",
+    )
+    max_connection_age: Seconds | None = Field(
+        default=None,
+        description="seconds after which clients are to connect anew, so that load balancers spread them out again",
+    )
+    max_connection_age_grace: Seconds | None = Field(
+        default=None,
+        description="seconds that streams have to finish in on a connection that has reached max_connection_age; "
+        "without it, as long as they take",
     )
     reflection: bool = Field(default=True, description="whether clients may ask which services and messages there are")
     log_level: Literal["debug", "info", "warning", "error"] = Field(

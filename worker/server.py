@@ -10,11 +10,13 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from worker.auth import TokenAuth
 from worker.cluster import observability
 from worker.cluster import service as cluster
-from worker.config import Settings
+from worker.config import Settings, UnfitSettings, is_loopback
 from worker.service import SERVICE, Worker, add_FlightServiceServicer_to_server, server_options
 from worker.servicer import Context
+from worker.tls import Certificates
 
 logger = logging.getLogger("worker")
 
@@ -27,10 +29,17 @@ class Server:
     """Serves a worker. The worker is not closed with it."""
 
     def __init__(self, worker: Worker, settings: Settings) -> None:
+        """
+        Raises:
+            UnfitSettings: it would be open to other machines, or a file of certificates or tokens is of no use.
+        """
+        _check_exposure(settings)
         self._worker = worker
         self._settings = settings
+        self._certificates = Certificates.of(settings)
         self._health = _Health()
-        self._server = grpc.aio.server(options=server_options(settings))
+        interceptors = [TokenAuth(settings.auth_token_file)] if settings.auth_token_file else []
+        self._server = grpc.aio.server(interceptors=interceptors, options=server_options(settings))
         add_FlightServiceServicer_to_server(worker, self._server)
         cluster.add_WorkerServiceServicer_to_server(worker, self._server)
         observability.add_ObservabilityServiceServicer_to_server(worker, self._server)
@@ -40,6 +49,8 @@ class Server:
             reflection.enable_server_reflection(services, self._server)
         self.address = ""
         """Where it listens, as ``host:port``; known once it has started."""
+        self.scheme = "grpc+tls" if self._certificates else "grpc"
+        """Of the URLs that Flight clients know it by."""
 
     async def start(self) -> None:
         """Opens the port.
@@ -48,11 +59,15 @@ class Server:
             OSError: the address cannot be listened on, because another process does, for example.
         """
         host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
+        address = f"{host}:{self._settings.port}"
         try:
-            port = self._server.add_insecure_port(f"{host}:{self._settings.port}")
+            if self._certificates is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, self._certificates.server_credentials())
         except RuntimeError as error:
             raise OSError(
-                f"cannot listen on {host}:{self._settings.port}: the port is taken, or the address not this machine's"
+                f"cannot listen on {address}: the port is taken, or the address not this machine's"
             ) from error
         await self._server.start()
         await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
@@ -95,6 +110,25 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.stop()
+
+
+def _check_exposure(settings: Settings) -> None:
+    if is_loopback(settings.host):
+        return
+    lacking = []
+    if not settings.tls_cert:
+        lacking.append("no TLS (--tls-cert and --tls-key)")
+    if not (settings.auth_token_file or settings.tls_client_ca or settings.session_builder):
+        lacking.append("no check of who asks (--auth-token-file, --tls-client-ca or a --session-builder)")
+    if not lacking:
+        return
+    what = f"{settings.host} is reached from other machines, and there is {' and '.join(lacking)}"
+    if not settings.insecure:
+        raise UnfitSettings(
+            f"--host (WORKER_HOST): {what}: anybody could run plans here, or listen in. Add that, listen on 127.0.0.1, "
+            "or say --insecure (WORKER_INSECURE=true) where something in front of the worker does it"
+        )
+    logger.warning("insecure: %s", what)
 
 
 class _Health(health.aio.HealthServicer):  # type: ignore[misc]

@@ -12,6 +12,7 @@ from typing import Any, Self, TypeAlias
 
 import grpc
 
+from worker.auth import caller
 from worker.config import Settings
 from worker.errors import SessionBuilderFailed, UpstreamFailed, WorkerError
 from worker.headers import Headers
@@ -161,10 +162,13 @@ class Servicer:
         )
 
     def _principal(self, headers: Headers, context: Context) -> str:
+        if name := caller.get():
+            return name
         # Keyed, so that nobody who sees the digest can try tokens against it.
         digest = hashlib.blake2b(key=self._principal_key, digest_size=16)
         tokens = [token.encode("utf-8", "surrogateescape") for token in headers.get_all("authorization")]
-        for parts in (tokens, list(context.peer_identities() or ())):
+        # A worker that reads on behalf of a caller sends the caller's token, beside a certificate of its own.
+        for parts in (tokens, [] if tokens else list(context.peer_identities() or ())):
             # With numbers and lengths, so that no two callers' values come to the same bytes.
             digest.update(b"%d " % len(parts) + b"".join(b"%d %b" % (len(part), part) for part in parts))
         return digest.hexdigest()

@@ -17,11 +17,12 @@ class RunningWorker:
     worker: Worker
     address: str
     """``host:port``, for gRPC."""
+    scheme: str = "grpc"
 
     @property
     def url(self) -> str:
-        """``grpc://host:port``, for Flight clients."""
-        return f"grpc://{self.address}"
+        """``grpc://host:port``, for Flight clients, or ``grpc+tls://host:port``."""
+        return f"{self.scheme}://{self.address}"
 
 
 @asynccontextmanager
@@ -39,4 +40,4 @@ async def running_worker(
     settings = settings if settings is not None else Settings()
     local = settings.model_copy(update={"host": "127.0.0.1", "port": 0, "grace": 0.0, "shutdown_delay": 0.0})
     async with Worker(session_builder, settings=local) as worker, Server(worker, local) as server:
-        yield RunningWorker(worker, server.address)
+        yield RunningWorker(worker, server.address, server.scheme)

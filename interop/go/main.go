@@ -1,10 +1,13 @@
 // Command flight-check compares what DoGet sends for every NAME.ticket of a folder with the Arrow IPC stream in NAME.arrow.
 // Where there is a NAME.headers, its lines "name: value" are sent along.
+// For a URL of grpc+tls://, CA is a PEM file of whom to trust, CERTIFICATE and KEY are shown to it.
 package main
 
 import (
 	"bufio"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -19,6 +22,7 @@ import (
 	"github.com/apache/arrow-go/v18/arrow/flight"
 	"github.com/apache/arrow-go/v18/arrow/ipc"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 )
@@ -27,11 +31,11 @@ import (
 const timeout = 5 * time.Minute
 
 func main() {
-	if len(os.Args) != 3 {
-		fmt.Fprintln(os.Stderr, "usage: flight-check URL FOLDER")
+	if !slices.Contains([]int{3, 4, 6}, len(os.Args)) {
+		fmt.Fprintln(os.Stderr, "usage: flight-check URL FOLDER [CA [CERTIFICATE KEY]]")
 		os.Exit(2)
 	}
-	failed, err := run(os.Args[1], os.Args[2])
+	failed, err := run(os.Args[1], os.Args[2], os.Args[3:])
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "flight-check:", err)
 		os.Exit(2)
@@ -41,17 +45,23 @@ func main() {
 	}
 }
 
-func run(location, folder string) (failed int, err error) {
+func run(location, folder string, pems []string) (failed int, err error) {
 	address, ok := strings.CutPrefix(location, "grpc://")
+	security := insecure.NewCredentials()
+	if len(pems) > 0 {
+		address, ok = strings.CutPrefix(location, "grpc+tls://")
+		if security, err = tlsOf(pems); err != nil {
+			return 0, err
+		}
+	}
 	if !ok {
-		return 0, fmt.Errorf("%q is not like grpc://127.0.0.1:8000", location)
+		return 0, fmt.Errorf("%q is not like grpc://127.0.0.1:8000, nor grpc+tls:// with a CA", location)
 	}
 	names, err := cases(folder)
 	if err != nil {
 		return 0, err
 	}
-	plaintext := grpc.WithTransportCredentials(insecure.NewCredentials())
-	client, err := flight.NewClientWithMiddleware(address, nil, nil, plaintext)
+	client, err := flight.NewClientWithMiddleware(address, nil, nil, grpc.WithTransportCredentials(security))
 	if err != nil {
 		return 0, err
 	}
@@ -66,6 +76,25 @@ func run(location, folder string) (failed int, err error) {
 	}
 	fmt.Printf("%d passed, %d failed\n", len(names)-failed, failed)
 	return failed, nil
+}
+
+func tlsOf(pems []string) (credentials.TransportCredentials, error) {
+	ca, err := os.ReadFile(pems[0])
+	if err != nil {
+		return nil, err
+	}
+	config := &tls.Config{RootCAs: x509.NewCertPool(), MinVersion: tls.VersionTLS12}
+	if !config.RootCAs.AppendCertsFromPEM(ca) {
+		return nil, fmt.Errorf("%s has no certificate", pems[0])
+	}
+	if len(pems) == 3 {
+		own, err := tls.LoadX509KeyPair(pems[1], pems[2])
+		if err != nil {
+			return nil, err
+		}
+		config.Certificates = []tls.Certificate{own}
+	}
+	return credentials.NewTLS(config), nil
 }
 
 func cases(folder string) (names []string, err error) {

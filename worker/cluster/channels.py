@@ -1,8 +1,9 @@
 """Channels to the other workers of a cluster, one for each URL."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import cache
 from urllib.parse import urlsplit
 
 import grpc
@@ -15,17 +16,22 @@ MAX_BACKOFF_MILLISECONDS = 1000
 # The most that are kept when nobody uses them; each has a socket.
 MAX_KEPT = 256
 
+# A worker whose machine is gone says nothing, and is not to be waited for until TCP gives up.
+KEEPALIVE_MILLISECONDS = 60_000
+
 OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", MAX_BACKOFF_MILLISECONDS),
+    ("grpc.keepalive_time_ms", KEEPALIVE_MILLISECONDS),
 ]
 
 
 @dataclass(eq=False, slots=True)
 class _Entry:
     channel: grpc.aio.Channel
+    credentials: grpc.ChannelCredentials | None
     users: int = 0
 
 
@@ -36,8 +42,8 @@ class Channels:
     """
 
     def __init__(self) -> None:
-        self.credentials: grpc.ChannelCredentials | None = None
-        """For ``https``; the system's certificates where there are none."""
+        self.credentials: Callable[[], grpc.ChannelCredentials] = cache(grpc.ssl_channel_credentials)
+        """For ``https``; the system's certificates unless set. Where it gives others than before, channels are new."""
         self._entries: dict[str, _Entry] = {}
 
     @asynccontextmanager
@@ -47,16 +53,19 @@ class Channels:
         Raises:
             InvalidPlan: the URL is none of a worker.
         """
-        entry = self._entries.get(url)
-        if entry is None:
-            entry = self._entries[url] = _Entry(self._open(url))
+        entry = former = self._entries.get(url)
+        if entry is None or (entry.credentials and entry.credentials is not self.credentials()):
+            entry = self._entries[url] = self._open(url)
         entry.users += 1
         try:
+            if former and former is not entry and not former.users:
+                await former.channel.close()
             yield entry.channel
         finally:
             entry.users -= 1
-            if not entry.users and not self._is_kept(entry.channel):
-                self._entries.pop(url, None)
+            if not entry.users and not (self._entries.get(url) is entry and self._is_kept(entry.channel)):
+                if self._entries.get(url) is entry:
+                    del self._entries[url]
                 await entry.channel.close()
 
     async def close(self) -> None:
@@ -70,7 +79,7 @@ class Channels:
         leads_on = (grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.IDLE)
         return len(self._entries) <= MAX_KEPT and channel.get_state() in leads_on
 
-    def _open(self, url: str) -> grpc.aio.Channel:
+    def _open(self, url: str) -> _Entry:
         try:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port
@@ -80,6 +89,8 @@ class Channels:
             raise InvalidPlan(f"a task of the plan is to be read from {url!r}: http://host:port or https:// is right")
         address = f"[{host}]" if ":" in host else host
         if parts.scheme == "https":
-            credentials = self.credentials or grpc.ssl_channel_credentials()
-            return grpc.aio.secure_channel(f"{address}:{port or 443}", credentials, options=OPTIONS)
-        return grpc.aio.insecure_channel(f"{address}:{port or 80}", options=OPTIONS)
+            credentials = self.credentials()
+            return _Entry(
+                grpc.aio.secure_channel(f"{address}:{port or 443}", credentials, options=OPTIONS), credentials
+            )
+        return _Entry(grpc.aio.insecure_channel(f"{address}:{port or 80}", options=OPTIONS), None)

@@ -30,6 +30,7 @@ from worker.servicer import Context, Servicer, Statistics
 from worker.session import SessionBuilderLike
 from worker.tasks import SMALL_PLAN
 from worker.ticket import QUERY_ID_BYTES, StageKey
+from worker.tls import Certificates
 
 SERVICE: str = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name
 
@@ -41,6 +42,9 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
         super().__init__(session_builder, settings=settings)
         self._version = self._settings.version
         self._channels = Channels()
+        certificates = Certificates.of(self._settings)
+        if certificates and self._settings.tls_client_ca:
+            self._channels.credentials = certificates.channel_credentials
         self._folder = ExchangeFolder(self._settings.spill_folder)
         self._cluster_tasks = ClusterTasks()
         self._members = Members()
@@ -52,7 +56,7 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
 
     def with_channel_credentials(self, credentials: grpc.ChannelCredentials) -> Self:
         """Sets how other workers are trusted, and this one shown to them, where their URLs are ``https``."""
-        self._channels.credentials = credentials
+        self._channels.credentials = lambda: credentials
         return self
 
     def statistics(self) -> Statistics:
@@ -155,7 +159,8 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
             key, head = _stage_key(request.task_key), _head(request)
             query = self._query_context(context, task_index=key.task_number, task_count=0, stage_key=key)
             await self._session_builder.admit(query)
-            is_known = "authorization" in query.headers or context.peer_identities()
+            # A certificate says which worker reads, and not for whom.
+            is_known = "authorization" in query.headers
             task = await self._cluster_tasks.find(key, query.principal if is_known else None)
             partitions = range(request.target_partition_start, request.target_partition_end)
             schemas: dict[int, Message] = {}

@@ -17,26 +17,30 @@ use arrow_schema::{DataType, Field, Schema, SchemaRef};
 use arrow_select::take::take;
 use futures::TryStreamExt;
 use tonic::metadata::{AsciiMetadataKey, AsciiMetadataValue};
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
 type Result<T, E = Box<dyn Error + Send + Sync>> = std::result::Result<T, E>;
 
 /// The shape of an array, and its children.
 type Parts = (Vec<u64>, Vec<ArrayRef>);
 
-const USAGE: &str = "usage: flight-check URL FOLDER
+const USAGE: &str = "usage: flight-check URL FOLDER [CA [CERTIFICATE KEY]]
 
 Compares what DoGet sends for every NAME.ticket in FOLDER with the Arrow IPC stream in NAME.arrow.
-Where there is a NAME.headers, its lines `name: value` are sent along.";
+Where there is a NAME.headers, its lines `name: value` are sent along.
+For a URL of grpc+tls://, CA is a PEM file of whom to trust, CERTIFICATE and KEY are shown to it.";
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [url, folder] = arguments.as_slice() else {
-        eprintln!("{USAGE}");
-        return ExitCode::from(2);
+    let (url, folder, pems) = match arguments.as_slice() {
+        [url, folder, pems @ ..] if matches!(pems.len(), 0 | 1 | 3) => (url, folder, pems),
+        _ => {
+            eprintln!("{USAGE}");
+            return ExitCode::from(2);
+        }
     };
-    match run(url, folder.as_ref()).await {
+    match run(url, folder.as_ref(), pems).await {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
@@ -46,9 +50,13 @@ async fn main() -> ExitCode {
     }
 }
 
-async fn run(url: &str, folder: &Path) -> Result<bool> {
-    let endpoint = Endpoint::from_shared(url.replacen("grpc://", "http://", 1))
+async fn run(url: &str, folder: &Path, pems: &[String]) -> Result<bool> {
+    let plain = url.replacen("grpc://", "http://", 1);
+    let mut endpoint = Endpoint::from_shared(plain.replacen("grpc+tls://", "https://", 1))
         .map_err(|error| format!("{url}: {error}"))?;
+    if !pems.is_empty() {
+        endpoint = endpoint.tls_config(tls(pems)?)?;
+    }
     let cases = cases(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
     let channel = endpoint.connect_lazy();
     let (mut passed, mut failed) = (0, 0);
@@ -72,6 +80,15 @@ async fn run(url: &str, folder: &Path) -> Result<bool> {
     }
     println!("{passed} passed, {failed} failed");
     Ok(failed == 0)
+}
+
+fn tls(pems: &[String]) -> Result<ClientTlsConfig> {
+    let read = |path: &String| fs::read(path).map_err(|error| format!("{path}: {error}"));
+    let mut config = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(&pems[0])?));
+    if let [_, certificate, key] = pems {
+        config = config.identity(Identity::from_pem(read(certificate)?, read(key)?));
+    }
+    Ok(config)
 }
 
 /// The paths of the tickets, without their extension, sorted.
