@@ -1,6 +1,7 @@
 """What many tests need of a client: tickets made by hand, partitions fetched by pyarrow, the status of an error."""
 
 import asyncio
+import re
 import sys
 import uuid
 from asyncio.subprocess import PIPE, Process
@@ -160,7 +161,7 @@ async def listening(*command: str, folder: Path | None = None) -> AsyncIterator[
     assert running.stdout is not None
     try:
         line = (await running.stdout.readline()).decode()
-        assert line.startswith("listening on grpc://127.0.0.1:"), line
+        assert re.match(r"listening on grpc(\+tls)?://127\.0\.0\.1:", line), line
         yield running, line.removeprefix("listening on ").strip()
     finally:
         if running.returncode is None:

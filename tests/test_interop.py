@@ -61,7 +61,7 @@ def _generated() -> dict[str, Stream]:
     return plans
 
 
-def _ipc(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> pa.Buffer:
+def ipc(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> pa.Buffer:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema) as writer:
         for batch in batches:
@@ -71,7 +71,17 @@ def _ipc(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> pa.Buffer:
 
 def _whole(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> list[pa.RecordBatch]:
     """The batches with arrays that are no parts of others: arrow-rs does not see those of pyarrow as it does."""
-    return list(pa.ipc.open_stream(_ipc(schema, batches)))
+    return list(pa.ipc.open_stream(ipc(schema, batches)))
+
+
+async def check_folder(client: str, url: str, folder: Path, *pems: Path) -> list[str]:
+    """What a checker says of each ticket in a folder; the test is skipped where there is no such checker."""
+    checker = os.environ.get(CHECKERS[client])
+    if checker is None:
+        pytest.skip(f"{CHECKERS[client]} does not say where the {client} checker is: see interop/README.md")
+    process = await asyncio.create_subprocess_exec(checker, url, folder, *pems, stdout=PIPE)
+    output, _ = await process.communicate()
+    return output.decode().splitlines()[:-1]
 
 
 @pytest.fixture(scope="module")
@@ -88,20 +98,15 @@ async def test_pyarrow_reads_what_was_generated(generated: dict[str, Stream]) ->
 @pytest.mark.parametrize("compression", get_args(Compression))
 @pytest.mark.parametrize("client", CHECKERS)
 async def test_a_checker_reads_all(client: str, compression: str, generated: dict[str, Stream], tmp_path: Path) -> None:
-    checker = os.environ.get(CHECKERS[client])
-    if checker is None:
-        pytest.skip(f"{CHECKERS[client]} does not say where the {client} checker is: see interop/README.md")
     saved = {f"{name}-{part}": case.stream(part) for name, case in CASES.items() for part in PARTS} | generated
     for name, stream in saved.items():
         (tmp_path / f"{name}.ticket").write_bytes(do_get(stream.plan))
         (tmp_path / f"{name}.headers").write_text(f"{COMPRESSION}: {compression}\n")
         # As DataFusion makes it: pyarrow writes lists of no rows in a way that arrow-rs refuses.
-        (tmp_path / f"{name}.arrow").write_bytes(_ipc(stream.schema, in_process(stream.plan)))
+        (tmp_path / f"{name}.arrow").write_bytes(ipc(stream.schema, in_process(stream.plan)))
     async with running_worker() as worker:
-        process = await asyncio.create_subprocess_exec(checker, worker.url, tmp_path, stdout=PIPE)
-        output, _ = await process.communicate()
-    *lines, summary = output.decode().splitlines()
-    assert len(lines) == len(saved), summary
+        lines = await check_folder(client, worker.url, tmp_path)
+    assert len(lines) == len(saved)
     failed = {line.removeprefix("FAIL ").partition(":")[0]: line for line in lines if not line.startswith("ok ")}
     unread = {f"{name}-{part}" for name, case in CASES.items() for part in PARTS if client in case.unread_by}
     assert failed.keys() == unread, "\n".join(failed.values())

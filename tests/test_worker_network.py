@@ -1,8 +1,6 @@
 """Tasks that read other tasks through the WorkerService: what they get, what they tell of it, and what goes wrong."""
 
 import asyncio
-import datetime
-import ipaddress
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any, TypeAlias
 import grpc
 import pyarrow as pa
 import pytest
+from certificates import Authority
 from datafusion import SessionConfig, SessionContext
 from flight_plans import distributed, url
 from support import status, until
@@ -467,43 +466,18 @@ async def test_a_cancelled_query_leaves_nothing_of_what_it_was_reading(tmp_path:
         assert files(tmp_path) == {"lock"}
 
 
-def certificate() -> tuple[bytes, bytes]:
-    """A key and a certificate of its own for 127.0.0.1."""
-    pytest.importorskip("cryptography")
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "worker")])
-    now = datetime.datetime.now(datetime.UTC)
-    signed = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    encoding = serialization.Encoding.PEM
-    private = key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    return private, signed.public_bytes(encoding)
-
-
 async def test_workers_whose_urls_are_https_are_trusted_by_the_credentials_that_are_set() -> None:
     """A server of a user's own, with TLS, and two workers that read it, one of which does not trust it."""
-    private, public = certificate()
+    authority = Authority()
+    own = authority.issue("worker")
     query = task_key().query_id
     async with Worker() as worker:
         server = grpc.aio.server()
         add_WorkerServiceServicer_to_server(worker, server)
-        port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(private, public)]))
+        port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(own.key, own.cert)]))
         await server.start()
         plan = shuffle(1, [f"https://127.0.0.1:{port}"], query)
-        trusting = grpc.ssl_channel_credentials(public)
+        trusting = grpc.ssl_channel_credentials(authority.pem)
         set_plan = worker_pb2.SetPlanRequest(task_key=task_key(0, query), task_count=1, plan_proto=plan_of([1, 2]))
         async with grpc.aio.secure_channel(f"127.0.0.1:{port}", trusting) as channel:
             call = worker_pb2_grpc.WorkerServiceStub(channel).CoordinatorChannel()

@@ -74,7 +74,10 @@ class Certificates:
         return _configuration(pems)
 
     def _read(self) -> _Pems:
-        # gRPC would take anything, and fail in handshakes.
+        # First, because its errors name the file. gRPC would take anything, and fail in handshakes.
+        pems = _Pems(
+            self._key.read_bytes(), self._cert.read_bytes(), self._client_ca.read_bytes() if self._client_ca else None
+        )
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
             context.load_cert_chain(self._cert, self._key, password=_no_password)
@@ -87,9 +90,7 @@ class Certificates:
                 context.load_verify_locations(self._client_ca)
             except ssl.SSLError as error:
                 raise UnfitSettings(f"{self._client_ca} has no certificate in PEM") from error
-        return _Pems(
-            self._key.read_bytes(), self._cert.read_bytes(), self._client_ca.read_bytes() if self._client_ca else None
-        )
+        return pems
 
 
 def _configuration(pems: _Pems) -> grpc.ServerCertificateConfiguration:

@@ -18,8 +18,14 @@ __all__ = ["WorkerClient"]
 
 HeadersLike: TypeAlias = Mapping[str, str | bytes] | Iterable[tuple[str, str | bytes]]
 
-_SCHEMES = ("grpc://", "grpc+tcp://")
-_OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
+_TLS = "grpc+tls://"
+_SCHEMES = ("grpc://", "grpc+tcp://", _TLS)
+_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    # A worker whose machine is gone says nothing, and is not to be waited for until TCP gives up.
+    ("grpc.keepalive_time_ms", 60_000),
+)
 
 
 class WorkerClient:
@@ -32,20 +38,41 @@ class WorkerClient:
     Errors are ``grpc.aio.AioRpcError``, with the worker's status and text in ``code()`` and ``details()``.
     """
 
-    def __init__(self, url: str, *, headers: HeadersLike = ()) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        headers: HeadersLike = (),
+        tls_root_certs: bytes | None = None,
+        cert_chain: bytes | None = None,
+        private_key: bytes | None = None,
+    ) -> None:
         """
         Args:
-            url: ``grpc://host:port``.
+            url: ``grpc://host:port``, or ``grpc+tls://host:port``.
             headers: sent with every request, such as ``{"authorization": "Bearer …"}``.
+            tls_root_certs: who vouches for the worker, in PEM; the system's certificates where there are none.
+            cert_chain: what is shown to the worker, in PEM, where it asks clients for a certificate.
+            private_key: the certificate's key, in PEM.
 
         Raises:
-            ValueError: ``url`` is of another kind.
+            ValueError: ``url`` is of another kind; or it is not of TLS, and there are certificates; or there is a
+                certificate without its key, or a key without its certificate.
         """
         scheme = next((scheme for scheme in _SCHEMES if url.startswith(scheme)), None)
         if scheme is None:
-            raise ValueError(f"{url!r} is no worker's address: 'grpc://host:port' is right (there is no TLS here yet)")
+            raise ValueError(f"{url!r} is no worker's address: 'grpc://host:port' is right, or 'grpc+tls://host:port'")
+        if (cert_chain is None) != (private_key is None):
+            raise ValueError("a certificate and its key go together, and one of them is missing")
         self._headers = _pairs(headers)
-        self._channel = grpc.aio.insecure_channel(url.removeprefix(scheme).rstrip("/"), options=_OPTIONS)
+        address = url.removeprefix(scheme).rstrip("/")
+        if scheme == _TLS:
+            credentials = grpc.ssl_channel_credentials(tls_root_certs, private_key, cert_chain)
+            self._channel = grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
+        elif tls_root_certs or cert_chain:
+            raise ValueError(f"{url!r} is not of TLS, which the certificates are for: 'grpc+tls://host:port' is right")
+        else:
+            self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
         self._stub = Flight_pb2_grpc.FlightServiceStub(self._channel)
 
     async def execute(

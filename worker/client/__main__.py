@@ -47,7 +47,9 @@ def main() -> None:
 
 async def _run(options: argparse.Namespace) -> None:
     plan = _plan(options.table, options.sql, options.target_partitions)
-    async with WorkerClient(options.url, headers=options.header) as client:
+    files = {"tls_root_certs": options.tls_ca, "cert_chain": options.tls_cert, "private_key": options.tls_key}
+    tls = {name: file.read_bytes() for name, file in files.items() if file}
+    async with WorkerClient(options.url, headers=options.header, **tls) as client:
         schema = await client.schema(plan, timeout=options.timeout)
         async with aclosing(client.execute(plan, timeout=options.timeout)) as batches:
             if options.output is None:
@@ -129,6 +131,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--header", action="append", default=[], type=_header, metavar="NAME=VALUE", help="sent along; repeatable"
     )
+    for name, what in {
+        "ca": "who vouches for the worker (default: the system's certificates)",
+        "cert": "what is shown to a worker that asks for a certificate",
+        "key": "the key of --tls-cert",
+    }.items():
+        parser.add_argument(f"--tls-{name}", type=Path, metavar="FILE", help=f"for grpc+tls://, in PEM: {what}")
     parser.add_argument(
         "--output", type=_output, metavar="FILE", help=f"where the rows go instead of the screen: {', '.join(_WRITERS)}"
     )
