@@ -18,7 +18,7 @@ from test_client import command
 from test_interop import CHECKERS, check_folder, ipc
 from test_probe import probe
 from test_worker_network import shuffle
-from worker_service import execute_request, plan_of, task_key
+from worker_service import Metadata, execute_request, plan_of, task_key
 
 from worker import Settings, UnfitSettings
 from worker.client import WorkerClient
@@ -186,7 +186,8 @@ async def test_a_certificate_is_the_principal_of_who_shows_it(files: Files, plan
     assert decoded == [1, 1, 2]
 
 
-async def test_workers_show_each_other_their_certificates(files: Files, tmp_path: Path) -> None:
+@pytest.mark.parametrize("metadata", [[], [("authorization", "Bearer of-the-coordinator")]])
+async def test_workers_show_each_other_their_certificates(metadata: Metadata, files: Files, tmp_path: Path) -> None:
     """A coordinator sets a task on one worker and another that reads it, and reads that; each has its own certificate.
 
     The client authority vouches for the workers too, as they all are clients of each other.
@@ -202,20 +203,21 @@ async def test_workers_show_each_other_their_certificates(files: Files, tmp_path
         _channel(source, files.clients, coordinator) as to_source,
         _channel(reader, files.clients, coordinator) as to_reader,
     ):
-        first = await _set(to_source, task_key(0, query), plan_of([1, 2]))
+        first = await _set(to_source, task_key(0, query), plan_of([1, 2]), metadata)
         plan = shuffle(1, [f"https://{source.address}"], query).SerializeToString()
         reading = task_key()
-        second = await _set(to_reader, reading, plan)
-        read = worker_pb2_grpc.WorkerServiceStub(to_reader).ExecuteTask(execute_request(reading, range(1)))
+        second = await _set(to_reader, reading, plan, metadata)
+        request = execute_request(reading, range(1))
+        read = worker_pb2_grpc.WorkerServiceStub(to_reader).ExecuteTask(request, metadata=metadata)
         assert len([data async for data in read]) == 2
         assert source.worker.statistics().bytes_sent > 0
         first.cancel()
         second.cancel()
 
 
-async def _set(channel: grpc.aio.Channel, key: worker_pb2.TaskKey, plan: bytes) -> Any:
+async def _set(channel: grpc.aio.Channel, key: worker_pb2.TaskKey, plan: bytes, metadata: Metadata) -> Any:
     request = worker_pb2.SetPlanRequest(task_key=key, task_count=1, plan_proto=plan)
-    call = worker_pb2_grpc.WorkerServiceStub(channel).CoordinatorChannel()
+    call = worker_pb2_grpc.WorkerServiceStub(channel).CoordinatorChannel(metadata=metadata)
     await call.write(worker_pb2.CoordinatorToWorkerMsg(set_plan_request=request))
     return call
 
@@ -238,9 +240,20 @@ async def test_channels_to_other_workers_are_new_when_the_files_are(files: Files
                 await _version(second)
             # Whoever uses it still has it.
             await _version(first)
+        await _is_closed(first)
         async with channels.to(url) as third:
             assert third is second
+        files.renew()
+        files.client_ca.write_bytes(files.authority.pem)
+        async with channels.to(url) as fourth:
+            await _version(fourth)
+            await _is_closed(second)
         await channels.close()
+
+
+async def _is_closed(channel: grpc.aio.Channel) -> None:
+    with pytest.raises(grpc.aio.UsageError, match="closed"):
+        await _version(channel)
 
 
 async def _version(channel: grpc.aio.Channel) -> worker_pb2.GetWorkerInfoResponse:

@@ -33,7 +33,7 @@ def main() -> None:
     except grpc.RpcError as error:
         reason = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.Call) else str(error)
         sys.exit(f"{address}: {reason}")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"{address}: {error}")
     if answer.status != health_pb2.HealthCheckResponse.SERVING:
         sys.exit(f"{address}: {health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)}")

@@ -63,7 +63,11 @@ class Servicer:
         """
         Args:
             session_builder: makes the session of every request; ``DefaultSessionBuilder`` where there is none.
-            settings: of which ``host``, ``port`` and what else is about a server have no meaning here.
+            settings: of which ``host``, ``port`` and what else is about a server have no meaning here; but certificates
+                are shown to other workers.
+
+        Raises:
+            UnfitSettings, OSError: the files of certificates are of no use.
         """
         self._settings = settings if settings is not None else Settings()
         builder = session_builder or DefaultSessionBuilder()
