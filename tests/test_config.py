@@ -54,6 +54,8 @@ DEFAULTS = {
     "max_connection_age_grace": None,
     "reflection": True,
     "log_level": "info",
+    "log_format": "text",
+    "metrics_port": None,
 }
 
 
@@ -89,6 +91,8 @@ VALUES = [
     ("max_connection_age_grace", "0.5", 0.5),
     ("reflection", "false", False),
     ("log_level", "debug", "debug"),
+    ("log_format", "json", "json"),
+    ("metrics_port", "0", 0),
 ]
 
 

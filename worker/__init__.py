@@ -1,8 +1,9 @@
 """A worker for distributed DataFusion: executes physical plans that come in Arrow Flight tickets.
 
 Layers, each importing only from those before it: errors, message, ipc, allocator, interrupt; headers, ticket, config,
-output; files, tls, auth; plan_proto, session, plan, partitionwise; views, dictionaries, compact, compress, encode,
-decode, flight_data; stream; tasks; servicer; cluster; service; server, client, testing, importer; the command lines.
+output, logs, durations; files, tls, auth; plan_proto, session, plan, partitionwise; views, dictionaries, compact,
+compress, encode, decode, flight_data; stream; tasks; requests; servicer; cluster; service; server, metrics, client,
+testing, importer; the command lines.
 """
 
 from worker.allocator import keep_freed_memory

@@ -12,9 +12,11 @@ from typing import Any, NoReturn, get_origin
 
 from pydantic import ByteSize, ValidationError
 
+from worker import logs, metrics
 from worker.allocator import keep_freed_memory
 from worker.config import Settings, UnfitSettings
 from worker.importer import ImportFailed, load_session_builder
+from worker.logs import Event
 from worker.server import Server
 from worker.service import Worker
 from worker.session import SessionBuilder
@@ -28,9 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs a worker until it is told to stop, and ends the process."""
     try:
         settings = Settings(**vars(_parser().parse_args(arguments)))
-        # DataFusion and gRPC log through Python too, and what they say at a lower level holds plans.
-        logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-        logger.setLevel(settings.log_level.upper())
+        logs.configure(settings)
         for name in sorted(_unknown_variables()):
             logger.warning("there is no setting for the variable %s", name)
         builder = load_session_builder(settings.session_builder) if settings.session_builder else None
@@ -71,9 +71,14 @@ async def _serve(settings: Settings, session_builder: SessionBuilder | None) -> 
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
-    async with Worker(session_builder, settings=settings) as worker, Server(worker, settings) as server:
-        print(f"listening on {server.scheme}://{server.address}", flush=True)
-        await stopped.wait()
+    async with Worker(session_builder, settings=settings) as worker:
+        if settings.metrics_port is not None:
+            # It ends with the process, so that the last requests are told of too.
+            served = metrics.serve(worker, settings.host, settings.metrics_port)
+            logger.info(Event("metrics are served", host=settings.host, port=served.port))
+        async with Server(worker, settings) as server:
+            print(f"listening on {server.scheme}://{server.address}", flush=True)
+            await stopped.wait()
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -173,3 +173,13 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="the least that is logged: debug, info, warning or error"
     )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="how log lines are written: text to read, or json, an object a line, to collect"
+    )
+    metrics_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="the port that Prometheus reads metrics from, on the address of host; 0 picks a free one; "
+        "without it, there is none",
+    )

@@ -16,6 +16,7 @@ from worker.encode import Encoder, plain_schema
 from worker.errors import InvalidTicket, ResponseTooLarge
 from worker.message import Message
 from worker.proto import Flight_pb2, Flight_pb2_grpc
+from worker.requests import Request
 from worker.servicer import Context
 from worker.session import SessionBuilderLike, WorkerQueryContext
 from worker.stream import PartitionStream
@@ -72,9 +73,10 @@ class Worker(ObservabilityServicer, Flight_pb2_grpc.FlightServiceServicer):
         self, request: Flight_pb2.Ticket, context: Context
     ) -> AsyncGenerator[tuple[Message, bytes], None]:
         """A request's life: messages, each with its ``app_metadata``."""
-        async with self._answering(context):
+        async with self._answering(context, "DoGet") as answered:
             ticket = PlanTicket.from_bytes(request.ticket)
-            query = self._query_of(ticket, context)
+            answered.partitions = range(ticket.partition, ticket.partition + 1)
+            query = self._query_of(answered, ticket, context)
             compression = output.compression(query.headers) or self._settings.compression
             expand_views = output.expand_views(query.headers)
             collects_metrics = ticket.stage_key is not None and flight.collects_metrics(query.headers)
@@ -88,7 +90,7 @@ class Worker(ObservabilityServicer, Flight_pb2_grpc.FlightServiceServicer):
             ) as (task, batches):
                 expands_views = query.builder.expands_views if expand_views is None else expand_views
                 held: Message | None = None
-                async with aclosing(self._encoded(task, batches, compression, expands_views)) as messages:
+                async with aclosing(self._encoded(answered, task, batches, compression, expands_views)) as messages:
                     async for message in messages:
                         if not collects_metrics:
                             yield message, b""
@@ -105,27 +107,26 @@ class Worker(ObservabilityServicer, Flight_pb2_grpc.FlightServiceServicer):
                     yield held, metadata
 
     async def _encoded(
-        self, task: Task, batches: PartitionStream, compression: Compression, expand_views: bool
+        self, answered: Request, task: Task, batches: PartitionStream, compression: Compression, expand_views: bool
     ) -> AsyncGenerator[Message, None]:
         """The messages of a partition, its schema first."""
         group = await batches.read()
         schema = group[0].schema if group else await task.schema()
         encoder = Encoder(schema, self._settings.max_message_size, compression=compression, expand_views=expand_views)
-        yield self._count(encoder.schema())
+        yield self._requests.sent(answered, encoder.schema())
         while group:
             async with aclosing(self._tasks.messages(encoder, group)) as messages:
                 async for message in messages:
-                    yield self._count(message)
-            self._rows_sent += sum(batch.num_rows for batch in group)
+                    yield self._requests.sent(answered, message)
             group = await batches.read()
 
     async def GetFlightInfo(self, request: Flight_pb2.FlightDescriptor, context: Context) -> Flight_pb2.FlightInfo:
         """The schema of the plan in the descriptor's ``cmd``, and an endpoint with a ticket for every partition."""
-        async with self._answering(context):
+        async with self._answering(context, "GetFlightInfo") as answered:
             ticket = _ticket_of(request)
             if ticket.stage_key is None:
                 ticket = replace(ticket, stage_key=StageKey.unique())
-            partitions, schema = await self._describe(ticket, context)
+            partitions, schema = await self._describe(answered, ticket, context)
             size = partitions * len(ticket.to_bytes())
             if size > self._settings.max_flight_info_size:
                 raise ResponseTooLarge(
@@ -150,47 +151,57 @@ class Worker(ObservabilityServicer, Flight_pb2_grpc.FlightServiceServicer):
 
     async def GetSchema(self, request: Flight_pb2.FlightDescriptor, context: Context) -> Flight_pb2.SchemaResult:
         """The schema of the plan in the descriptor's ``cmd``."""
-        async with self._answering(context):
-            _, schema = await self._describe(_ticket_of(request), context)
+        async with self._answering(context, "GetSchema") as answered:
+            _, schema = await self._describe(answered, _ticket_of(request), context)
             return Flight_pb2.SchemaResult(schema=schema.serialize().to_pybytes())
         return Flight_pb2.SchemaResult()  # not sent either
 
     async def Handshake(self, request_iterator: Any, context: Context) -> AsyncIterator[Flight_pb2.HandshakeResponse]:
         """Not offered."""
-        await _unimplemented(context, "there is no Handshake: send an authorization header with every request")
+        await self._unimplemented(
+            context, "Handshake", "there is no Handshake: send an authorization header with every request"
+        )
         yield Flight_pb2.HandshakeResponse()
 
     async def ListFlights(self, request: Any, context: Context) -> AsyncIterator[Flight_pb2.FlightInfo]:
         """Not offered."""
-        await _unimplemented(context, "a worker keeps no flights to list: send a plan to GetFlightInfo or DoGet")
+        await self._unimplemented(
+            context, "ListFlights", "a worker keeps no flights to list: send a plan to GetFlightInfo or DoGet"
+        )
         yield Flight_pb2.FlightInfo()
 
     async def PollFlightInfo(self, request: Any, context: Context) -> Flight_pb2.PollInfo:
         """Not offered."""
-        await _unimplemented(context, "plans are described at once: use GetFlightInfo")
+        await self._unimplemented(context, "PollFlightInfo", "plans are described at once: use GetFlightInfo")
 
     async def DoPut(self, request_iterator: Any, context: Context) -> AsyncIterator[Flight_pb2.PutResult]:
         """Not offered."""
-        await _unimplemented(context, "a worker stores nothing: put data where a plan can scan it, and use DoGet")
+        await self._unimplemented(
+            context, "DoPut", "a worker stores nothing: put data where a plan can scan it, and use DoGet"
+        )
         yield Flight_pb2.PutResult()
 
     async def DoExchange(self, request_iterator: Any, context: Context) -> AsyncIterator[Flight_pb2.FlightData]:
         """Not offered."""
-        await _unimplemented(context, "a worker takes plans, not data: use DoGet with the plan in the ticket")
+        await self._unimplemented(
+            context, "DoExchange", "a worker takes plans, not data: use DoGet with the plan in the ticket"
+        )
         yield Flight_pb2.FlightData()
 
     async def DoAction(self, request: Any, context: Context) -> AsyncIterator[Flight_pb2.Result]:
         """Not offered."""
-        await _unimplemented(context, "a worker has no actions: use DoGet with the plan in the ticket")
+        await self._unimplemented(context, "DoAction", "a worker has no actions: use DoGet with the plan in the ticket")
         yield Flight_pb2.Result()
 
     async def ListActions(self, request: Any, context: Context) -> AsyncIterator[Flight_pb2.ActionType]:
         """Not offered."""
-        await _unimplemented(context, "a worker has no actions: use DoGet with the plan in the ticket")
+        await self._unimplemented(
+            context, "ListActions", "a worker has no actions: use DoGet with the plan in the ticket"
+        )
         yield Flight_pb2.ActionType()
 
-    async def _describe(self, ticket: PlanTicket, context: Context) -> tuple[int, pa.Schema]:
-        query = self._query_of(ticket, context)
+    async def _describe(self, answered: Request, ticket: PlanTicket, context: Context) -> tuple[int, pa.Schema]:
+        query = self._query_of(answered, ticket, context)
         expand_views = output.expand_views(query.headers)
         session = await self._session_builder.build_session_state(query)
         async with self._tasks.task(
@@ -204,10 +215,19 @@ class Worker(ObservabilityServicer, Flight_pb2_grpc.FlightServiceServicer):
             is_plain = query.builder.expands_views if expand_views is None else expand_views
             return task.partition_count, plain_schema(schema) if is_plain else schema
 
-    def _query_of(self, ticket: PlanTicket, context: Context) -> WorkerQueryContext:
+    def _query_of(self, answered: Request, ticket: PlanTicket, context: Context) -> WorkerQueryContext:
         return self._query_context(
-            context, task_index=ticket.task_index, task_count=ticket.task_count, stage_key=ticket.stage_key
+            answered,
+            context,
+            task_index=ticket.task_index,
+            task_count=ticket.task_count,
+            stage_key=ticket.stage_key,
         )
+
+    async def _unimplemented(self, context: Context, method: str, instead: str) -> NoReturn:
+        async with self._answering(context, method):
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, instead)
+        raise AssertionError("abort returned")
 
 
 def add_FlightServiceServicer_to_server(
@@ -264,8 +284,3 @@ def _ticket_of(descriptor: Flight_pb2.FlightDescriptor) -> PlanTicket:
     if descriptor.type != Flight_pb2.FlightDescriptor.CMD:
         raise InvalidTicket("the descriptor is not a command: its cmd must be a worker.plan.DoGet message")
     return PlanTicket.from_bytes(descriptor.cmd)
-
-
-async def _unimplemented(context: Context, instead: str) -> NoReturn:
-    await context.abort(grpc.StatusCode.UNIMPLEMENTED, instead)
-    raise AssertionError("abort returned")

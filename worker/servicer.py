@@ -2,9 +2,8 @@
 
 import asyncio
 import hashlib
-import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,9 +13,10 @@ import grpc
 
 from worker.auth import caller
 from worker.config import Settings
-from worker.errors import SessionBuilderFailed, UpstreamFailed, WorkerError
+from worker.durations import Histogram
+from worker.errors import Unavailable, UpstreamFailed, WorkerError
 from worker.headers import Headers
-from worker.message import Message
+from worker.requests import Request, Requests
 from worker.session import (
     DefaultSessionBuilder,
     SessionBuilder,
@@ -27,8 +27,6 @@ from worker.session import (
 )
 from worker.tasks import Tasks
 from worker.ticket import StageKey
-
-logger = logging.getLogger("worker")
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
@@ -54,6 +52,14 @@ class Statistics:
     rows_sent: int
     bytes_sent: int
     """Bytes of IPC messages, metadata and bodies."""
+    requests_ended: Mapping[tuple[str, str], int]
+    """How many, by the RPC's name and the name of their status, such as ``("DoGet", "OK")``."""
+    errors: Mapping[str, int]
+    """How many requests were refused or have failed, by the name of the error's class."""
+    decoding: Histogram
+    """How long it took to make an instance of a plan, what goes before its decoding included."""
+    first_byte: Mapping[str, Histogram]
+    """How long it took from a request to the first message of its answer, by the RPC's name."""
 
 
 class Servicer:
@@ -74,9 +80,7 @@ class Servicer:
         self._session_builder = builder if isinstance(builder, SessionBuilder) else SessionBuilder(builder)
         self._tasks = Tasks(self._settings.idle_time)
         self._principal_key = secrets.token_bytes(32)
-        self._requests = 0
-        self._rows_sent = 0
-        self._bytes_sent = 0
+        self._requests = Requests()
 
     @classmethod
     def from_session_builder(cls, session_builder: SessionBuilderLike, *, settings: Settings | None = None) -> Self:
@@ -97,16 +101,20 @@ class Servicer:
         return self
 
     def statistics(self) -> Statistics:
-        """What is held now and was done so far."""
-        tasks = self._tasks.statistics()
+        """What is held now and was done so far; from any thread."""
+        tasks, requests = self._tasks.statistics(), self._requests.statistics()
         return Statistics(
-            requests=self._requests,
+            requests=requests.active,
             streams=tasks.streams,
             tasks=tasks.tasks,
             plans_decoded=tasks.plans_decoded,
             partitions_executed=tasks.partitions_executed,
-            rows_sent=self._rows_sent,
-            bytes_sent=self._bytes_sent,
+            rows_sent=requests.rows_sent,
+            bytes_sent=requests.bytes_sent,
+            requests_ended=requests.ended,
+            errors=requests.errors,
+            decoding=tasks.decoding,
+            first_byte=requests.first_byte,
         )
 
     async def close(self) -> None:
@@ -122,41 +130,45 @@ class Servicer:
         await self.close()
 
     @asynccontextmanager
-    async def _answering(self, context: Context) -> AsyncIterator[None]:
+    async def _answering(self, context: Context, method: str) -> AsyncIterator[Request]:
         """Counts a request, and turns whatever it raises into its status.
 
         Also what is no ``Exception``: a Rust panic that left a handler would leave the client without an answer.
         """
-        self._requests += 1
+        request = self._requests.begin(method)
         try:
-            yield
+            yield request
         except WorkerError as error:
-            if isinstance(error, SessionBuilderFailed):
-                logger.error("request failed: %s", error, exc_info=error)
-            elif error.status is grpc.StatusCode.INTERNAL:
-                logger.error("request failed: %s", error.__cause__ or error)
+            self._requests.end(request, error.status, error)
             _fail(context, error.status, _details(str(error)))
             if isinstance(error, UpstreamFailed) and error.details:
                 context.set_trailing_metadata(((STATUS_DETAILS, error.details),))
-        except (grpc.aio.AbortError, GeneratorExit, KeyboardInterrupt, SystemExit):
+        except grpc.aio.AbortError:
+            self._requests.end(request, _code(context))
+            raise
+        except (GeneratorExit, KeyboardInterrupt, SystemExit):
+            self._requests.end(request, grpc.StatusCode.CANCELLED)
             raise
         except BaseException as error:
             if is_cancellation(error):
+                self._requests.end(request, grpc.StatusCode.CANCELLED)
                 raise
             if isinstance(error, asyncio.CancelledError):
                 # Nobody cancels what a request waits for but the worker, when it is closed.
-                _fail(context, grpc.StatusCode.UNAVAILABLE, "the worker was closed")
+                closed = Unavailable("the worker was closed")
+                self._requests.end(request, closed.status, closed)
+                _fail(context, closed.status, str(closed))
             else:
-                logger.exception("request failed")
+                self._requests.end(request, grpc.StatusCode.INTERNAL, error)
                 _fail(context, grpc.StatusCode.INTERNAL, "internal error: the worker's log says why")
-        finally:
-            self._requests -= 1
+        else:
+            self._requests.end(request, grpc.StatusCode.OK)
 
     def _query_context(
-        self, context: Context, *, task_index: int, task_count: int, stage_key: StageKey | None
+        self, request: Request, context: Context, *, task_index: int, task_count: int, stage_key: StageKey | None
     ) -> WorkerQueryContext:
         headers = Headers(context.invocation_metadata() or ())
-        return WorkerQueryContext(
+        request.query = WorkerQueryContext(
             builder=SessionStateBuilder(self._settings.memory_limit, self._settings.spill_folder),
             headers=headers,
             task_index=task_index,
@@ -164,6 +176,7 @@ class Servicer:
             stage_key=stage_key,
             principal=self._principal(headers, context),
         )
+        return request.query
 
     def _principal(self, headers: Headers, context: Context) -> str:
         if name := caller.get():
@@ -176,10 +189,6 @@ class Servicer:
             # With numbers and lengths, so that no two callers' values come to the same bytes.
             digest.update(b"%d " % len(parts) + b"".join(b"%d %b" % (len(part), part) for part in parts))
         return digest.hexdigest()
-
-    def _count(self, message: Message) -> Message:
-        self._bytes_sent += message.size
-        return message
 
 
 def _fail(context: Context, code: grpc.StatusCode, details: str) -> None:
@@ -202,3 +211,9 @@ def _details(text: str) -> str:
             return "".join(kept) + " ..."
         kept.append(character)
     return "".join(kept)
+
+
+def _code(context: Context) -> grpc.StatusCode:
+    """The status that a handler has set."""
+    code = context.code()
+    return next((status for status in grpc.StatusCode if code in (status, status.value[0])), grpc.StatusCode.UNKNOWN)

@@ -1,6 +1,7 @@
 """Tasks: one instance of a plan each, found by who asks and by stage key, and the streams of their partitions."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -11,6 +12,7 @@ import pyarrow as pa
 from datafusion import ExecutionPlan, RecordBatchStream, SessionContext
 
 from worker import plan
+from worker.durations import Durations, Histogram
 from worker.encode import Encoder
 from worker.errors import PartitionOutOfRange, StageKeyConflict, Unavailable
 from worker.message import Message
@@ -78,6 +80,7 @@ class TaskStatistics:
     streams: int
     plans_decoded: int
     partitions_executed: int
+    decoding: Histogram
 
 
 class Task:
@@ -204,7 +207,7 @@ class Task:
     async def _fetch(self, missing: Input) -> None:
         message = await missing.fetch()
         self._tasks.count_decoded()
-        self._decoded = await self._tasks.in_thread(_decode, self._session, message)
+        self._decoded = await self._tasks.in_thread(self._tasks.timed, _decode, self._session, message)
         self._missing = None
         self._abandon_given_up()
 
@@ -241,10 +244,17 @@ class Tasks:
         self._streams: set[PartitionStream] = set()
         self._plans_decoded = 0
         self._partitions_executed = 0
+        self._decoding = Durations()
 
     def statistics(self) -> TaskStatistics:
-        """What is held now and was done so far."""
-        return TaskStatistics(len(self._entries), len(self._streams), self._plans_decoded, self._partitions_executed)
+        """What is held now and was done so far; from any thread."""
+        return TaskStatistics(
+            len(self._entries),
+            len(self._streams),
+            self._plans_decoded,
+            self._partitions_executed,
+            self._decoding.histogram(),
+        )
 
     @asynccontextmanager
     async def task(
@@ -332,11 +342,19 @@ class Tasks:
     async def decode(self, session: SessionContext, plan_bytes: bytes) -> ExecutionPlan:
         """A fresh instance of a plan, decoded in a thread if it is large."""
         self.count_decoded()
-        return await self.in_thread_if(len(plan_bytes) > SMALL_PLAN, plan.decode, session, plan_bytes)
+        return await self.in_thread_if(len(plan_bytes) > SMALL_PLAN, self.timed, plan.decode, session, plan_bytes)
 
     def count_decoded(self) -> None:
         """Counts a plan that is about to be decoded."""
         self._plans_decoded += 1
+
+    def timed(self, decode: Callable[..., T], *arguments: Any) -> T:
+        """What a function that decodes a plan returns; how long that takes is in the statistics. In any thread."""
+        start = time.perf_counter()
+        try:
+            return decode(*arguments)
+        finally:
+            self._decoding.add(time.perf_counter() - start)
 
     def stream(self, executed: RecordBatchStream) -> PartitionStream:
         """What reads an executed partition.
@@ -440,11 +458,12 @@ class Tasks:
         # A function that is unpickled may do anything, and for long.
         if len(plan_bytes) <= SMALL_PLAN and not python_udf_inlining:
             made: asyncio.Future[Task] = asyncio.get_running_loop().create_future()
-            made.set_result(Task(self, session, *_prepare(session, plan_bytes, python_udf_inlining, rewrite)))
+            prepared = self.timed(_prepare, session, plan_bytes, python_udf_inlining, rewrite)
+            made.set_result(Task(self, session, *prepared))
             return made
 
         async def make() -> Task:
-            prepared = await self.in_thread(_prepare, session, plan_bytes, python_udf_inlining, rewrite)
+            prepared = await self.in_thread(self.timed, _prepare, session, plan_bytes, python_udf_inlining, rewrite)
             return Task(self, session, *prepared)
 
         return self.in_background(make())

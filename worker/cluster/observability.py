@@ -8,6 +8,7 @@ from worker.cluster.process import CpuUsage, resident_bytes
 from worker.cluster.service import ClusterServicer
 from worker.config import Settings
 from worker.proto import observability_pb2, observability_pb2_grpc
+from worker.requests import Request
 from worker.servicer import Context
 from worker.session import SessionBuilderLike
 
@@ -27,12 +28,14 @@ class ObservabilityServicer(ClusterServicer, observability_pb2_grpc.Observabilit
 
     async def Ping(self, request: Any, context: Context) -> observability_pb2.PingResponse:
         """An answer, to anybody."""
-        return observability_pb2.PingResponse(value=1)
+        async with self._answering(context, "Ping"):
+            return observability_pb2.PingResponse(value=1)
+        return observability_pb2.PingResponse()  # not sent
 
     async def GetTaskProgress(self, request: Any, context: Context) -> observability_pb2.GetTaskProgressResponse:
         """The tasks of the caller's principal that run, each with its rows so far, and what the whole process takes."""
-        async with self._answering(context):
-            principal = await self._admit(context)
+        async with self._answering(context, "GetTaskProgress") as answered:
+            principal = await self._admit(answered, context)
             return observability_pb2.GetTaskProgressResponse(
                 tasks=[
                     observability_pb2.TaskProgress(
@@ -54,15 +57,15 @@ class ObservabilityServicer(ClusterServicer, observability_pb2_grpc.Observabilit
 
     async def GetClusterWorkers(self, request: Any, context: Context) -> observability_pb2.GetClusterWorkersResponse:
         """The URLs of the setting ``cluster_workers``; without it, those that the principal's plans named of late."""
-        async with self._answering(context):
-            principal = await self._admit(context)
+        async with self._answering(context, "GetClusterWorkers") as answered:
+            principal = await self._admit(answered, context)
             urls = self._settings.cluster_workers or self._members.of(principal)
             return observability_pb2.GetClusterWorkersResponse(worker_urls=urls)
         return observability_pb2.GetClusterWorkersResponse()  # not sent either
 
-    async def _admit(self, context: Context) -> str:
+    async def _admit(self, answered: Request, context: Context) -> str:
         """The principal of who asks."""
-        query = self._query_context(context, task_index=0, task_count=0, stage_key=None)
+        query = self._query_context(answered, context, task_index=0, task_count=0, stage_key=None)
         # Its session is not used: it says whether who asks may.
         await self._session_builder.build_session_state(query)
         return query.principal

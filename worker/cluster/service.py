@@ -72,16 +72,19 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
 
     async def GetWorkerInfo(self, request: Any, context: Context) -> worker_pb2.GetWorkerInfoResponse:
         """The worker's version."""
-        return worker_pb2.GetWorkerInfoResponse(version=self._version)
+        async with self._answering(context, "GetWorkerInfo"):
+            return worker_pb2.GetWorkerInfoResponse(version=self._version)
+        return worker_pb2.GetWorkerInfoResponse()  # not sent
 
     async def CoordinatorChannel(  # type: ignore[override]  # it writes, so that a cancel ends it at once
         self, request_iterator: AsyncIterator[Any], context: Context
     ) -> None:
         """A task's life: from its plan until the coordinator says that the query has ended."""
-        async with self._answering(context):
+        async with self._answering(context, "CoordinatorChannel") as answered:
             request = await _set_plan_request(request_iterator)
             key = _stage_key(request.task_key)
             query = self._query_context(
+                answered,
                 context,
                 task_index=request.task_key.task_number,
                 task_count=request.task_count,
@@ -155,25 +158,24 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
         self, request: worker_pb2.ExecuteTaskRequest, context: Context
     ) -> AsyncGenerator[tuple[int, Message], None]:
         """A request's life."""
-        async with self._answering(context):
+        async with self._answering(context, "ExecuteTask") as answered:
             key, head = _stage_key(request.task_key), _head(request)
-            query = self._query_context(context, task_index=key.task_number, task_count=0, stage_key=key)
+            answered.partitions = partitions = range(request.target_partition_start, request.target_partition_end)
+            query = self._query_context(answered, context, task_index=key.task_number, task_count=0, stage_key=key)
             await self._session_builder.admit(query)
             # A certificate says which worker reads, and not for whom.
             is_known = "authorization" in query.headers
             task = await self._cluster_tasks.find(key, query.principal if is_known else None)
-            partitions = range(request.target_partition_start, request.target_partition_end)
             schemas: dict[int, Message] = {}
             async with aclosing(task.output(partitions, head, task.orders.settings.compression)) as output:
                 async for partition, message in output:
                     schemas.setdefault(partition, message)
-                    self._count(message)
-                    yield partition, message
+                    yield partition, self._requests.sent(answered, message)
             for partition in partitions:
                 if partition not in schemas:
                     schema = next(iter(schemas.values()), None) or await task.schema()
                     schemas[partition] = schema
-                    yield partition, schema
+                    yield partition, self._requests.sent(answered, schema)
 
     def _own_output(self, principal: str) -> Any:
         async def output(key: StageKey, partitions: range, head: Head) -> AsyncGenerator[tuple[int, Message], None]:

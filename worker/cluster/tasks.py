@@ -32,7 +32,8 @@ class ClusterTasks:
         self._entries: dict[StageKey, _Entry] = {}
 
     def __len__(self) -> int:
-        return sum(entry.is_taken and not entry.has_failed for entry in self._entries.values())
+        # A copy, because metrics are read in another thread.
+        return sum(entry.is_taken and not entry.has_failed for entry in list(self._entries.values()))
 
     @asynccontextmanager
     async def task(

@@ -1,0 +1,153 @@
+"""A worker's statistics for Prometheus, and the port that they are read from. The names are in docs/operation.md."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Protocol, Self
+from wsgiref.simple_server import WSGIRequestHandler, make_server
+
+from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import ThreadingWSGIServer
+from prometheus_client.registry import Collector
+
+from worker.durations import BOUNDS, Histogram
+from worker.servicer import Statistics
+
+# Who connects and says nothing has a thread for so long.
+SILENT_SECONDS = 10
+
+
+class Watched(Protocol):
+    """What has statistics: a ``Worker``."""
+
+    def statistics(self) -> Statistics:
+        """What is held now and was done so far; called in threads."""
+        ...
+
+
+def registry(watched: Watched) -> CollectorRegistry:
+    """A registry of a worker's own, with its statistics and what its process takes.
+
+    It is a collector too: ``prometheus_client.REGISTRY.register`` adds it to those of another program.
+    """
+    made = CollectorRegistry()
+    made.register(_StatisticsCollector(watched))
+    ProcessCollector(registry=made)
+    return made
+
+
+def serve(watched: Watched, host: str, port: int) -> "MetricsServer":
+    """Serves a worker's metrics over HTTP, whatever the path, until it is closed.
+
+    Args:
+        watched: the worker.
+        host: the address to listen on.
+        port: 0 picks a free one.
+
+    Raises:
+        OSError: the address cannot be listened on.
+    """
+    return MetricsServer(registry(watched), host, port)
+
+
+class MetricsServer:
+    """Threads that answer with the metrics of a registry, also while the event loop is busy."""
+
+    def __init__(self, collected: CollectorRegistry, host: str, port: int) -> None:
+        """
+        Args:
+            collected: what is served.
+            host: the address to listen on.
+            port: 0 picks a free one.
+
+        Raises:
+            OSError: the address cannot be listened on.
+        """
+        server_class = _ServerOfIPv6 if ":" in host else ThreadingWSGIServer
+        try:
+            self._server = make_server(host, port, make_wsgi_app(collected), server_class, _Handler)
+        except OSError as error:
+            raise OSError(f"cannot serve metrics on {host}:{port}: {error.strerror or error}") from error
+        self.port: int = self._server.server_port
+        """Where it listens."""
+        self._thread = threading.Thread(target=self._server.serve_forever, name="worker-metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stops to listen, which takes half a second at most."""
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _ServerOfIPv6(ThreadingWSGIServer):
+    address_family = socket.AF_INET6
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = SILENT_SECONDS
+
+    def log_message(self, *args: object) -> None:
+        """Says nothing: a line a scrape is of no use."""
+
+
+class _StatisticsCollector(Collector):
+    def __init__(self, watched: Watched) -> None:
+        self._watched = watched
+
+    def collect(self) -> Iterator[Metric]:
+        now = self._watched.statistics()
+        ended = CounterMetricFamily(
+            "worker_requests", "Requests that have ended, by their status", labels=("method", "status")
+        )
+        for labels, number in now.requests_ended.items():
+            ended.add_metric(labels, number)
+        yield ended
+        errors = CounterMetricFamily(
+            "worker_errors", "Requests that were refused or have failed, by the class of the error", labels=("error",)
+        )
+        for name, number in now.errors.items():
+            errors.add_metric((name,), number)
+        yield errors
+        for name, text, number in (
+            ("worker_requests_active", "Requests under way", now.requests),
+            ("worker_streams", "Partitions being streamed", now.streams),
+            ("worker_tasks", "Plans held, for streams under way and for partitions yet to be asked for", now.tasks),
+        ):
+            yield GaugeMetricFamily(name, text, number)
+        for name, text, number in (
+            ("worker_partitions_executed", "Partitions that were executed", now.partitions_executed),
+            ("worker_rows_sent", "Rows that were sent", now.rows_sent),
+            ("worker_sent_bytes", "Bytes of IPC messages that were sent", now.bytes_sent),
+        ):
+            yield CounterMetricFamily(name, text, number)
+        decoding = HistogramMetricFamily("worker_plan_decode_seconds", "From a plan's bytes to an instance of it")
+        decoding.add_metric((), *_buckets(now.decoding))
+        yield decoding
+        first_byte = HistogramMetricFamily(
+            "worker_first_byte_seconds", "From a request to the first message of its answer", labels=("method",)
+        )
+        for method, histogram in now.first_byte.items():
+            first_byte.add_metric((method,), *_buckets(histogram))
+        yield first_byte
+
+
+def _buckets(histogram: Histogram) -> tuple[list[tuple[str, float]], float]:
+    """What a ``HistogramMetricFamily`` takes: how many took at most so long, and the sum of all."""
+    bounds = (*map(str, BOUNDS), "+Inf")
+    total = 0
+    buckets: list[tuple[str, float]] = []
+    for bound, count in zip(bounds, histogram.counts, strict=True):
+        total += count
+        buckets.append((bound, total))
+    return buckets, histogram.seconds
