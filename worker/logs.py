@@ -34,7 +34,7 @@ class Event:
 
     __slots__ = ("fields", "name", "traceback")
 
-    def __init__(self, name: str, traceback: str = "", **fields: str | int | float | None) -> None:
+    def __init__(self, name: str, traceback: str = "", /, **fields: str | int | float | None) -> None:
         """
         Args:
             name: what happened, in a word or few.
@@ -82,6 +82,7 @@ class Lines(logging.Handler):
         self._stream = stream
         self._waiting: deque[logging.LogRecord | threading.Event] = deque()
         self._dropped = 0
+        self._closed = False
         self._wake = threading.Event()
         self._hurry = threading.Event()
         threading.Thread(target=self._run, name="worker-log", daemon=True).start()
@@ -110,8 +111,15 @@ class Lines(logging.Handler):
         self._wake.set()
         written.wait(FLUSH_SECONDS)
 
+    def close(self) -> None:
+        """Lets the thread end; what waits then is not written."""
+        self._closed = True
+        self._hurry.set()
+        self._wake.set()
+        super().close()
+
     def _run(self) -> None:
-        while True:
+        while not self._closed:
             self._wake.wait()
             self._hurry.wait(BATCH_SECONDS)
             # In this order: what is handed over from now on wakes this thread again.
