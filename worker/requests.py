@@ -4,15 +4,17 @@ import logging
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import grpc
 
 from worker.durations import Durations, Histogram
 from worker.errors import SessionBuilderFailed, WorkerError
+from worker.headers import Headers
 from worker.logs import Event
 from worker.message import Message, row_count
+from worker.output import CONFIG_PREFIX
 from worker.session import WorkerQueryContext
 
 logger = logging.getLogger("worker")
@@ -22,6 +24,9 @@ MAX_REASON = 1000
 
 # What stands in a log for a secret.
 HIDDEN = "***"
+
+# Fewer characters are no secret, and may be anything else in a text.
+MIN_SECRET = 6
 
 # Errors that are none of ours, by the name under which all of them are counted.
 UNEXPECTED = "unexpected"
@@ -126,18 +131,30 @@ def _event(request: Request, status: grpc.StatusCode, error: BaseException | Non
 
 
 def _told(error: BaseException, query: WorkerQueryContext | None) -> tuple[str, str]:
-    """Why a request failed, and the traceback if it is of nobody's own errors; both without the caller's tokens.
+    """Why a request failed, and the traceback where it is not known; both without what might be the caller's secrets.
 
     Session builders put those into errors easily: a ``KeyError`` shows the key that a dictionary lacks.
     """
-    reason, trace = str(error.__cause__ or error), ""
+    # What a client is not told is the cause of it.
+    is_internal = not isinstance(error, WorkerError) or error.status is grpc.StatusCode.INTERNAL
+    reason, trace = str(error.__cause__ or error) if is_internal else str(error), ""
     if isinstance(error, SessionBuilderFailed) or not isinstance(error, WorkerError):
         trace = "".join(traceback.format_exception(error))
-    for value in query.headers.get_all("authorization") if query is not None else ():
-        for secret in (value, value.rpartition(" ")[2]):
-            if secret:
-                reason, trace = reason.replace(secret, HIDDEN), trace.replace(secret, HIDDEN)
+    for secret in _secrets(query.headers) if query is not None else ():
+        reason, trace = reason.replace(secret, HIDDEN), trace.replace(secret, HIDDEN)
     return reason[:MAX_REASON], trace
+
+
+def _secrets(headers: Headers) -> Iterator[str]:
+    """What may be secret of a request: any header's value but a short one, whole and without what stands before it."""
+    for name in headers:
+        if name == "user-agent" or name.startswith(CONFIG_PREFIX):
+            continue
+        for value in headers.get_all(name):
+            text = repr(value)[2:-1] if isinstance(value, bytes) else value
+            for secret in (text, text.rpartition(" ")[2]):
+                if len(secret) >= MIN_SECRET:
+                    yield secret
 
 
 def _name(error: BaseException) -> str:
