@@ -186,12 +186,12 @@ async def test_rows_and_bytes_are_those_that_were_sent_in_either_dialect() -> No
             request = Flight_pb2.Ticket(ticket=do_get(rows(1000)))
             size = sum([len(data.data_header) + len(data.data_body) async for data in client.DoGet(request)])
         found = collected(running)
-        assert (found["worker_rows_sent_total", ""], found["worker_sent_bytes_total", ""]) == (1000, size)
+        assert (found["worker_sent_rows_total", ""], found["worker_sent_bytes_total", ""]) == (1000, size)
         async with coordinated(running, plan_of([1, 2], [3], [])) as coordination:
             key = coordination.key
             tables = await read(running, key, range(3))
         assert sum(table.num_rows for table in tables.values()) == 3
-        assert collected(running)["worker_rows_sent_total", ""] == 1003
+        assert collected(running)["worker_sent_rows_total", ""] == 1003
 
 
 async def test_decoding_and_first_messages_are_timed() -> None:
@@ -234,11 +234,11 @@ async def test_metrics_are_served_while_the_event_loop_is_busy() -> None:
 async def test_two_workers_of_a_process_have_metrics_of_their_own_and_may_share_a_registry_with_others() -> None:
     async with running_worker() as one, running_worker() as other:
         await fetch_one(one, do_get(rows(2)))
-        assert collected(one)["worker_rows_sent_total", ""] == 2
-        assert collected(other)["worker_rows_sent_total", ""] == 0
+        assert collected(one)["worker_sent_rows_total", ""] == 2
+        assert collected(other)["worker_sent_rows_total", ""] == 0
         users = CollectorRegistry(auto_describe=True)
         users.register(metrics.registry(one.worker))
-        assert users.get_sample_value("worker_rows_sent_total") == 2
+        assert users.get_sample_value("worker_sent_rows_total") == 2
 
 
 async def test_who_connects_and_says_nothing_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +271,7 @@ async def test_the_command_line_serves_metrics_on_a_port_that_it_logs() -> None:
         async for _ in client.execute(rows(3), 0):
             pass
         (text,) = await in_threads([lambda: get(int(told[1]))])
-        assert samples(text)["worker_rows_sent_total", ""] == 3
+        assert samples(text)["worker_sent_rows_total", ""] == 3
         assert samples(text)["process_resident_memory_bytes", ""] > 1 << 20
 
 

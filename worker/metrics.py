@@ -127,7 +127,7 @@ class _StatisticsCollector(Collector):
             yield GaugeMetricFamily(name, text, number)
         for name, text, number in (
             ("worker_partitions_executed", "Partitions that were executed", now.partitions_executed),
-            ("worker_rows_sent", "Rows that were sent", now.rows_sent),
+            ("worker_sent_rows", "Rows that were sent", now.rows_sent),
             ("worker_sent_bytes", "Bytes of IPC messages that were sent", now.bytes_sent),
         ):
             yield CounterMetricFamily(name, text, number)
