@@ -23,6 +23,7 @@ from worker_service import coordinated, plan_of, read, refusal, refused_read, se
 import worker
 from worker import metrics
 from worker.client import WorkerClient
+from worker.config import Settings
 from worker.durations import BOUNDS, Durations
 from worker.proto import Flight_pb2, observability_pb2, observability_pb2_grpc, worker_pb2
 from worker.testing import RunningWorker, running_worker
@@ -223,6 +224,18 @@ async def test_no_client_and_no_session_builder_can_make_labels_of_their_own() -
             await status(client.DoGet(Flight_pb2.Ticket(ticket=do_get(rows(1))), metadata=metadata))
         assert running.worker.statistics().errors == {"PermissionDenied": 2, "SessionBuilderFailed": 1}
         assert await ended(running) == {"DoGet PERMISSION_DENIED": 2, "DoGet INTERNAL": 1}
+
+
+async def test_who_has_no_token_is_counted_and_what_methods_they_think_of_are_not(tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text("0123456789abcdef")
+    async with running_worker(settings=Settings(auth_token_file=tmp_path / "tokens")) as running:
+        await status_of(running, do_get(rows(1)))
+        async with grpc.aio.insecure_channel(running.address) as channel:
+            for name in ("/a/B", "/arrow.flight.protocol.FlightService/DoNot"):
+                call: Any = channel.unary_unary(name)
+                assert (await status(call(b"")))[0] is grpc.StatusCode.UNAUTHENTICATED
+        assert await ended(running) == {"DoGet UNAUTHENTICATED": 1, "unknown UNAUTHENTICATED": 2}
+        assert running.worker.statistics().errors == {"Unauthenticated": 3}
 
 
 async def test_metrics_are_served_while_the_event_loop_is_busy() -> None:

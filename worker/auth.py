@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 
 from worker.config import UnfitSettings
-from worker.errors import Unauthenticated
+from worker.errors import Unauthenticated, WorkerError
 from worker.files import Reloaded
 from worker.headers import Headers
 
@@ -32,6 +32,9 @@ MIN_LENGTH = 16
 # RFC 6750: what may stand behind "Bearer".
 TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
 
+# The name of RPCs that there are not.
+UNKNOWN = "unknown"
+
 # Probes of containers have no token, and health tells nothing but that the worker serves.
 OPEN = "/grpc.health.v1.Health/"
 
@@ -46,13 +49,18 @@ class TokenAuth(grpc.aio.ServerInterceptor):
     Requests of ``grpc.health.v1.Health`` need no token.
     """
 
-    def __init__(self, file: Path | str) -> None:
+    def __init__(self, file: Path | str, refused: Callable[[str, WorkerError], None] | None = None) -> None:
         """
+        Args:
+            file: of tokens.
+            refused: is told of every refusal, with the RPC's name: ``Worker.refused``.
+
         Raises:
             UnfitSettings: the file has no token, or a line that is none; the text has its number, never what it says.
             OSError: it cannot be read.
         """
         self._file = Path(file)
+        self._refused = refused
         # Digests of one length, which nobody outside can make.
         self._key = secrets.token_bytes(32)
         self._file_names = Reloaded("tokens", [self._file], self._read)
@@ -69,6 +77,10 @@ class TokenAuth(grpc.aio.ServerInterceptor):
             try:
                 caller.set(self._name_of(Headers(handler_call_details.invocation_metadata or ())))
             except Unauthenticated as error:
+                if self._refused is not None:
+                    # A name that nobody serves is the caller's own, and they may have any number of them.
+                    is_served = await continuation(handler_call_details) is not None
+                    self._refused(handler_call_details.method.rpartition("/")[2] if is_served else UNKNOWN, error)
                 return _refusing(error)
         return await continuation(handler_call_details)
 

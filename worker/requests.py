@@ -84,6 +84,10 @@ class Requests:
         self._active += 1
         return Request(method)
 
+    def refused(self, method: str, error: WorkerError) -> None:
+        """A request that has come no further than to an interceptor."""
+        self.end(self.begin(method), error.status, error)
+
     def sent(self, request: Request, message: Message) -> Message:
         """Counts a message that is about to be sent."""
         rows, size = row_count(message.header), message.size

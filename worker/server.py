@@ -38,7 +38,7 @@ class Server:
         self._settings = settings
         self._certificates = Certificates.of(settings)
         self._health = _Health()
-        interceptors = [TokenAuth(settings.auth_token_file)] if settings.auth_token_file else []
+        interceptors = [TokenAuth(settings.auth_token_file, worker.refused)] if settings.auth_token_file else []
         self._server = grpc.aio.server(interceptors=interceptors, options=server_options(settings))
         add_FlightServiceServicer_to_server(worker, self._server)
         cluster.add_WorkerServiceServicer_to_server(worker, self._server)

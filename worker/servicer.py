@@ -117,6 +117,13 @@ class Servicer:
             first_byte=requests.first_byte,
         )
 
+    def refused(self, method: str, error: WorkerError) -> None:
+        """Counts and logs a request that an interceptor has refused, by the RPC's name.
+
+        The name is a label of metrics, so that it must be one of few.
+        """
+        self._requests.refused(method, error)
+
     async def close(self) -> None:
         """Drops all tasks. Stop the server first."""
         await self._tasks.close()
