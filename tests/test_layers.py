@@ -98,6 +98,7 @@ def test_what_is_pure_has_no_event_loop(name: str) -> None:
 
 def test_the_exports_are_pinned() -> None:
     assert worker.__all__ == [
+        "DefaultPolicy",
         "DefaultSessionBuilder",
         "EnginePanicked",
         "ExecutionFailed",
@@ -110,7 +111,9 @@ def test_the_exports_are_pinned() -> None:
         "NotFound",
         "PartitionOutOfRange",
         "PermissionDenied",
+        "PlanAccess",
         "PlanNotSet",
+        "PlanPolicy",
         "PlanTicket",
         "QueryEnded",
         "QuotaExceeded",
@@ -124,6 +127,7 @@ def test_the_exports_are_pinned() -> None:
         "StageKeyConflict",
         "Statistics",
         "TokenAuth",
+        "Touched",
         "Unauthenticated",
         "Unavailable",
         "UnfitSettings",

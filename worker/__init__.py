@@ -1,9 +1,9 @@
 """A worker for distributed DataFusion: executes physical plans that come in Arrow Flight tickets.
 
 Layers, each importing only from those before it: errors, message, ipc, allocator, interrupt; headers, ticket, config,
-output, logs, durations; files, tls, auth; plan_proto, session, plan, partitionwise; views, dictionaries, compact,
-compress, encode, decode, flight_data; stream; tasks; requests; servicer; cluster; service; server, metrics, client,
-testing, importer; the command lines.
+output, logs, durations; files, tls, auth; plan_proto, session, plan, policy, partitionwise; views, dictionaries,
+compact, compress, encode, decode, flight_data; stream; tasks; requests; servicer; cluster; service; server, metrics,
+client, testing, importer; the command lines.
 """
 
 from worker.allocator import keep_freed_memory
@@ -35,6 +35,7 @@ from worker.errors import (
     WorkerError,
 )
 from worker.headers import Headers
+from worker.policy import DefaultPolicy, PlanAccess, PlanPolicy, Touched
 from worker.service import Worker, add_FlightServiceServicer_to_server, server_options
 from worker.servicer import Statistics
 from worker.session import (
@@ -47,6 +48,7 @@ from worker.session import (
 from worker.ticket import PlanTicket, StageKey, plan_ticket
 
 __all__ = [
+    "DefaultPolicy",
     "DefaultSessionBuilder",
     "EnginePanicked",
     "ExecutionFailed",
@@ -59,7 +61,9 @@ __all__ = [
     "NotFound",
     "PartitionOutOfRange",
     "PermissionDenied",
+    "PlanAccess",
     "PlanNotSet",
+    "PlanPolicy",
     "PlanTicket",
     "QueryEnded",
     "QuotaExceeded",
@@ -73,6 +77,7 @@ __all__ = [
     "StageKeyConflict",
     "Statistics",
     "TokenAuth",
+    "Touched",
     "Unauthenticated",
     "Unavailable",
     "UnfitSettings",

@@ -24,6 +24,8 @@ Urls: TypeAlias = Annotated[tuple[Annotated[str, Field(pattern=r"^https?://[^\s,
 # Which gRPC takes in milliseconds, of 31 bits.
 Seconds: TypeAlias = Annotated[float, Field(gt=0, le=2_000_000)]
 
+Folders: TypeAlias = Annotated[tuple[DirectoryPath, ...], NoDecode, BY_COMMAS]
+
 Compression: TypeAlias = Literal["none", "lz4", "zstd"]
 
 
@@ -83,8 +85,17 @@ class Settings(BaseSettings):
     version: str = Field(default="", description="what coordinators are told that this worker is, such as 2026-11-25")
     cluster_workers: Urls = Field(
         default_factory=tuple,
-        description="the workers that consoles are to show, such as http://worker-1:8000,http://worker-2:8000; "
-        "without it, those that plans of the same caller named in the last hour",
+        description="the workers that there are, such as http://worker-1:8000,http://worker-2:8000: consoles show "
+        "them, and plans may read from no others, except on a host of this machine alone; without it, consoles "
+        "show those that plans of the same caller named in the last hour",
+    )
+    allow_path: Folders = Field(
+        default_factory=tuple,
+        description="folders whose files plans may name, such as /data/sales,/data/stock; without it any file on a "
+        "host of this machine alone, and none on others",
+    )
+    allow_writes: bool = Field(
+        default=False, description="whether plans may write files, where they may read some, and to object stores"
     )
     memory_limit: Bytes = Field(
         default_factory=lambda: ByteSize(usable_memory() // 2),

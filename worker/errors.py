@@ -14,9 +14,9 @@
     ├── UpstreamFailed           INTERNAL             or its own status: a worker that this one reads from failed
     ├── QueryEnded               CANCELLED            the coordinator ended the query
     ├── PlanNotSet               DEADLINE_EXCEEDED    no coordinator sent the plan of a task that was asked for
-    ├── SessionBuilderFailed     INTERNAL             the session builder raised what is not below
+    ├── SessionBuilderFailed     INTERNAL             the session builder or the plan policy raised what is not below
     ├── Unauthenticated          UNAUTHENTICATED      for session builders: nobody said who asks
-    ├── PermissionDenied         PERMISSION_DENIED    for session builders: who asks may not
+    ├── PermissionDenied         PERMISSION_DENIED    for session builders and plan policies: who asks may not
     ├── NotFound                 NOT_FOUND            for session builders
     ├── FailedPrecondition       FAILED_PRECONDITION  for session builders
     ├── QuotaExceeded            RESOURCE_EXHAUSTED   for session builders
@@ -110,7 +110,7 @@ class PlanNotSet(WorkerError):
 
 
 class SessionBuilderFailed(WorkerError):
-    """The session builder raised, or returned no session. The cause is for the log alone."""
+    """The session builder or the plan policy raised, or there is no session. The cause is for the log alone."""
 
 
 class Unauthenticated(WorkerError):
@@ -120,7 +120,7 @@ class Unauthenticated(WorkerError):
 
 
 class PermissionDenied(WorkerError):
-    """Raise it from a session builder when who asks may not."""
+    """Raise it from a session builder when who asks may not, and from a plan policy when the plan may not."""
 
     status = grpc.StatusCode.PERMISSION_DENIED
 

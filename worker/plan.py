@@ -16,7 +16,6 @@ PYTHON_UDF_PREFIX = b"DFPYUD"
 
 _MISSING_FUNCTION = re.compile(r"PhysicalExtensionCodec is not provided for (\w+) function (.+)")
 _MISSING_STORE = re.compile(r"No suitable object store found for ([a-z0-9+.-]+://[^/\s]*)")
-_FILE_SCANS = frozenset({"parquet_scan", "csv_scan", "json_scan", "avro_scan", "arrow_scan"})
 _PANIC_TYPES = frozenset({"PanicException", "RustPanic"})
 # How the panic of a task that an operator has spawned looks like when that passes it on as an error.
 _PANIC_ELSEWHERE = re.compile(r"panicked with message|JoinError::Panic\(")
@@ -77,7 +76,7 @@ def parse(plan: bytes) -> ParsedPlan:
             # Grouping sets alone have these, which used to tell.
             if node.aggregate.null_expr and not node.aggregate.has_grouping_set:
                 node.aggregate.has_grouping_set = is_old = True
-        elif kind in _FILE_SCANS:
+        elif kind in plan_proto.FILE_SCANS:
             scan = getattr(node, kind).base_conf
             # Sources of DataFusion 55 always say what they read.
             if not scan.HasField("projection_exprs"):
@@ -234,14 +233,14 @@ def empty_leaves(plan: plan_proto.Message) -> None:
         match plan_proto.kind(node):
             case "memory_scan":
                 node.memory_scan.partitions[:] = [b""] * len(node.memory_scan.partitions)
-            case kind if kind in _FILE_SCANS:
+            case kind if kind in plan_proto.FILE_SCANS:
                 for group in getattr(node, kind).base_conf.file_groups:
                     group.ClearField("files")
             case "generate_series":
                 _replace_by_empty(node, node.generate_series.schema, 1)
             case "placeholder_row":
                 _replace_by_empty(node, node.placeholder_row.schema, node.placeholder_row.partitions)
-            case "json_sink" | "csv_sink" | "parquet_sink":
+            case kind if kind in plan_proto.SINKS:
                 node.CopyFrom(_empty_scan(_SINK_SCHEMA))
             case "aggregate" if not node.aggregate.group_expr:
                 ungrouped.append(node)

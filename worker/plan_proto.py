@@ -39,6 +39,13 @@ def _enum(name: str) -> dict[str, int]:
     return {value.name: value.number for value in _POOL.FindEnumTypeByName(name).values}
 
 
+# Nodes that read files, by their fields' names, and such that write some.
+FILE_SCANS = frozenset({"parquet_scan", "csv_scan", "json_scan", "avro_scan", "arrow_scan"})
+SINKS = frozenset({"parquet_sink", "csv_sink", "json_sink"})
+
+# Where the different kinds of calls have the function's name. A window has a name of its own too.
+_FUNCTION_NAMES = ("user_defined_aggr_function", "user_defined_window_function", "name")
+
 JOIN_TYPES = _enum("datafusion_common.JoinType")
 PARTITION_MODES = _enum("datafusion.PartitionMode")
 
@@ -137,6 +144,13 @@ def functions(plan: Message) -> Iterator[Message]:
     return (
         message for message in _walk(plan, _TOWARDS_FUNCTIONS) if "fun_definition" in message.DESCRIPTOR.fields_by_name
     )
+
+
+def function_name(function: Message) -> str:
+    """The name of what one of ``functions`` calls."""
+    fields = function.DESCRIPTOR.fields_by_name
+    names = [getattr(function, field) for field in _FUNCTION_NAMES if field in fields]
+    return next(filter(None, names), "")
 
 
 def wrap(node: Message, place: Callable[[Message], Message]) -> None:

@@ -15,6 +15,7 @@ from worker.config import Compression, Settings
 from worker.encode import Encoder, plain_schema
 from worker.errors import InvalidTicket, ResponseTooLarge
 from worker.message import Message
+from worker.policy import PlanPolicyLike
 from worker.proto import Flight_pb2, Flight_pb2_grpc
 from worker.requests import Request
 from worker.servicer import Context
@@ -49,8 +50,14 @@ class Worker(ObservabilityServicer, Flight_pb2_grpc.FlightServiceServicer):
     with ``close`` (or ``async with``) after the server has stopped.
     """
 
-    def __init__(self, session_builder: SessionBuilderLike | None = None, *, settings: Settings | None = None) -> None:
-        super().__init__(session_builder, settings=settings)
+    def __init__(
+        self,
+        session_builder: SessionBuilderLike | None = None,
+        *,
+        settings: Settings | None = None,
+        plan_policy: PlanPolicyLike | None = None,
+    ) -> None:
+        super().__init__(session_builder, settings=settings, plan_policy=plan_policy)
         self._exchange = flight.Exchange(self._channels, self._folder, self._tasks)
 
     async def DoGet(self, request: Flight_pb2.Ticket, context: Context) -> AsyncIterator[Flight_pb2.FlightData]:
@@ -81,6 +88,7 @@ class Worker(ObservabilityServicer, Flight_pb2_grpc.FlightServiceServicer):
             expand_views = output.expand_views(query.headers)
             collects_metrics = ticket.stage_key is not None and flight.collects_metrics(query.headers)
             session = await self._session_builder.build_session_state(query)
+            await self._permit(query, ticket.plan)
             async with self._tasks.partition(
                 ticket,
                 query.principal,
@@ -204,6 +212,7 @@ class Worker(ObservabilityServicer, Flight_pb2_grpc.FlightServiceServicer):
         query = self._query_of(answered, ticket, context)
         expand_views = output.expand_views(query.headers)
         session = await self._session_builder.build_session_state(query)
+        await self._permit(query, ticket.plan)
         async with self._tasks.task(
             ticket,
             query.principal,

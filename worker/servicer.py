@@ -6,6 +6,7 @@ import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
@@ -14,8 +15,9 @@ import grpc
 from worker.auth import caller
 from worker.config import Settings
 from worker.durations import Histogram
-from worker.errors import Unavailable, UpstreamFailed, WorkerError
+from worker.errors import SessionBuilderFailed, Unavailable, UpstreamFailed, WorkerError
 from worker.headers import Headers
+from worker.policy import DefaultPolicy, PlanPolicyLike, access_of, check_of
 from worker.requests import Request, Requests
 from worker.session import (
     DefaultSessionBuilder,
@@ -25,7 +27,7 @@ from worker.session import (
     WorkerQueryContext,
     is_cancellation,
 )
-from worker.tasks import Tasks
+from worker.tasks import SMALL_PLAN, Tasks
 from worker.ticket import StageKey
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
@@ -65,12 +67,20 @@ class Statistics:
 class Servicer:
     """A worker without any RPC."""
 
-    def __init__(self, session_builder: SessionBuilderLike | None = None, *, settings: Settings | None = None) -> None:
+    def __init__(
+        self,
+        session_builder: SessionBuilderLike | None = None,
+        *,
+        settings: Settings | None = None,
+        plan_policy: PlanPolicyLike | None = None,
+    ) -> None:
         """
         Args:
             session_builder: makes the session of every request; ``DefaultSessionBuilder`` where there is none.
-            settings: of which ``host``, ``port`` and what else is about a server have no meaning here; but certificates
-                are shown to other workers.
+            settings: of which ``port`` and what else is about a server have no meaning here; but certificates are shown to
+                other workers, and ``host`` is for the policy: where it is not this machine's own, plans may name no files
+                but those of ``allow_path``.
+            plan_policy: decides what the plan of each request may touch; ``DefaultPolicy`` where there is none.
 
         Raises:
             UnfitSettings, OSError: the files of certificates are of no use.
@@ -78,17 +88,26 @@ class Servicer:
         self._settings = settings if settings is not None else Settings()
         builder = session_builder or DefaultSessionBuilder()
         self._session_builder = builder if isinstance(builder, SessionBuilder) else SessionBuilder(builder)
+        policy = plan_policy or DefaultPolicy(self._settings)
+        self._check_policy = check_of(policy)
+        self._policy_is_default = type(policy) is DefaultPolicy
         self._tasks = Tasks(self._settings.idle_time)
         self._principal_key = secrets.token_bytes(32)
         self._requests = Requests()
 
     @classmethod
-    def from_session_builder(cls, session_builder: SessionBuilderLike, *, settings: Settings | None = None) -> Self:
+    def from_session_builder(
+        cls,
+        session_builder: SessionBuilderLike,
+        *,
+        settings: Settings | None = None,
+        plan_policy: PlanPolicyLike | None = None,
+    ) -> Self:
         """A worker whose sessions are made by a function of a ``WorkerQueryContext``, or an object with such a method.
 
         The method's name is ``build_session_state``, as ``WorkerSessionBuilder`` says.
         """
-        return cls(session_builder, settings=settings)
+        return cls(session_builder, settings=settings, plan_policy=plan_policy)
 
     def with_max_message_size(self, size: int) -> Self:
         """Sets the largest message that is sent, in bytes, framing included; the setting's default is 4 MiB.
@@ -170,6 +189,25 @@ class Servicer:
                 _fail(context, grpc.StatusCode.INTERNAL, "internal error: the worker's log says why")
         else:
             self._requests.end(request, grpc.StatusCode.OK)
+
+    async def _permit(self, query: WorkerQueryContext, plan_bytes: bytes) -> None:
+        """Has the policy look at what a plan touches, before anything of it is decoded.
+
+        Raises:
+            InvalidPlan: the bytes are no plan, or it names a store by what is no URL.
+            WorkerError: whatever the policy raised of these, ``PermissionDenied`` above all.
+            SessionBuilderFailed: it raised anything else.
+        """
+        find = partial(access_of, plan_bytes, with_functions=not self._policy_is_default)
+        access = await self._tasks.in_thread_if(len(plan_bytes) > SMALL_PLAN, find)
+        try:
+            await self._check_policy(query, access)
+        except WorkerError:
+            raise
+        except BaseException as error:
+            if is_cancellation(error):
+                raise
+            raise SessionBuilderFailed("the plan policy failed: the worker's log says why") from error
 
     def _query_context(
         self, request: Request, context: Context, *, task_index: int, task_count: int, stage_key: StageKey | None

@@ -67,6 +67,11 @@ class SessionStateBuilder:
         """Whether Python functions that come inside a plan are unpickled, that is, run."""
         return self._python_udf_inlining
 
+    @property
+    def object_stores(self) -> frozenset[str]:
+        """Scheme and host of each object store that was added, such as ``s3://bucket``."""
+        return frozenset(f"{scheme}{host or ''}" for scheme, host, _ in self._object_stores)
+
     def with_config_option(self, name: str, value: str | int | float | bool) -> Self:
         """Sets a DataFusion option, such as ``datafusion.execution.batch_size``; ``build`` refuses unknown ones."""
         self._options[name] = str(value).lower() if isinstance(value, bool) else str(value)

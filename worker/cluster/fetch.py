@@ -11,12 +11,13 @@ import grpc
 import pyarrow as pa
 from google.protobuf.message import DecodeError
 
-from worker import flight_data
+from worker import flight_data, ipc
 from worker.cluster.channels import Channels
 from worker.cluster.intake import Intake
 from worker.cluster.merge import together
 from worker.cluster.metrics import NetworkFigures
 from worker.cluster.nodes import Head, Leaf, Read
+from worker.config import MEBIBYTE, usable_memory
 from worker.errors import ExecutionFailed, InvalidRequest, UpstreamFailed
 from worker.message import Message, row_count
 from worker.proto import worker_pb2
@@ -24,6 +25,10 @@ from worker.servicer import STATUS_DETAILS
 from worker.ticket import StageKey
 
 EXECUTE_TASK = "/worker.WorkerService/ExecuteTask"
+
+# The most that a message of another worker may take, once it is decompressed: DataFusion takes its word for it, and the
+# process ends where there is less memory.
+MAX_RECEIVED = min(2047 * MEBIBYTE, usable_memory() // 4)
 
 # Partitions of a task of this worker itself, as they are sent to others: each message with its partition.
 Output: TypeAlias = AsyncGenerator[tuple[int, Message], None]
@@ -89,13 +94,27 @@ class _Fetching:
                     if not 0 <= offset < len(read.slots):
                         raise InvalidRequest(f"it sent partition {about.partition} without having been asked for it")
                     slot = read.slots[offset]
-                    message = Message(bytes(header), [body])
+                    message = received(header, body)
                     created = about.created_timestamp_unix_nanos
                     rows = row_count(message.header)
                     self.figures.message_received(slot, rows, len(data), created, time.time_ns())
                     self.figures.max_memory = max(self.figures.max_memory, self.intake.held + len(data))
                     self.figures.elapsed_compute += time.perf_counter_ns() - start
                     await self.intake.add(slot, index, *message)
+
+
+def received(header: memoryview, body: memoryview) -> Message:
+    """The message that another worker has sent, whose sizes are right.
+
+    Raises:
+        InvalidRequest: they are not.
+    """
+    message = Message(bytes(header), [body])
+    try:
+        ipc.check_message(message.header, body, max_bytes=MAX_RECEIVED)
+    except ValueError as error:
+        raise InvalidRequest(f"it sent a message that is not right: {error}") from error
+    return message
 
 
 @contextmanager

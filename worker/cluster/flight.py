@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 from worker import flight_data, output, plan
 from worker.cluster import flight_rewrite, metrics
 from worker.cluster.channels import Channels
-from worker.cluster.fetch import upstream_errors
+from worker.cluster.fetch import received, upstream_errors
 from worker.cluster.folder import ExchangeFolder
 from worker.cluster.intake import Intake, Store
 from worker.cluster.merge import together
@@ -135,7 +135,7 @@ class FlightInput:
                     if metadata:
                         self._keep_figures(bytes(metadata))
                     if header:
-                        await intake.add(read.slots[offset], source, bytes(header), [body])
+                        await intake.add(read.slots[offset], source, *received(header, body))
 
     def _keep_figures(self, metadata: bytes) -> None:
         try:

@@ -20,7 +20,6 @@ from worker.proto import nodes_pb2
 _KEEPS_PARTITIONS = frozenset(
     {"projection", "filter", "coalesce_batches", "cooperative", "buffer", "local_limit", "unnest"}
 )
-_FILE_SCANS = frozenset({"parquet_scan", "csv_scan", "json_scan", "avro_scan", "arrow_scan"})
 
 
 def rewrite(
@@ -88,7 +87,7 @@ class _Rewriter(Rewriter):
 
 def _partition_count(source: Message) -> int:
     match plan_proto.kind(source):
-        case scan if scan in _FILE_SCANS:
+        case scan if scan in plan_proto.FILE_SCANS:
             return len(getattr(source, scan).base_conf.file_groups)
         case "memory_scan":
             return len(source.memory_scan.partitions)
@@ -106,7 +105,7 @@ def _keep(source: Message, chosen: range, partitions: int) -> None:
     """Leaves a source with some of its partitions, and so many empty ones after them that it has ``partitions``."""
     missing = partitions - len(chosen)
     match plan_proto.kind(source):
-        case scan if scan in _FILE_SCANS:
+        case scan if scan in plan_proto.FILE_SCANS:
             conf = getattr(source, scan).base_conf
             del conf.file_groups[chosen.stop :]
             del conf.file_groups[: chosen.start]

@@ -12,10 +12,8 @@ from datafusion.object_store import LocalFileSystem
 from worker.cluster.received import INLINE, Received
 from worker.message import Bytes
 from worker.plan_proto import Message as PlanMessage
+from worker.policy import EXCHANGE
 from worker.tasks import Tasks
-
-# The scheme of the stores that files of input are in, each in the session of the task that reads them.
-STORE_SCHEME = "exchange://"
 
 
 class Store:
@@ -28,7 +26,7 @@ class Store:
             session: the task's.
         """
         self.folder = folder
-        self.url = f"{STORE_SCHEME}{folder.name}/"
+        self.url = f"{EXCHANGE}{folder.name}/"
         self._session = session
         self._is_registered = False
         self._writing: set[asyncio.Future[None]] = set()
@@ -43,9 +41,7 @@ class Store:
     def register(self) -> None:
         """Lets the session read it, once it is there."""
         if not self._is_registered:
-            self._session.register_object_store(
-                STORE_SCHEME, LocalFileSystem(prefix=str(self.folder)), self.folder.name
-            )
+            self._session.register_object_store(EXCHANGE, LocalFileSystem(prefix=str(self.folder)), self.folder.name)
             self._is_registered = True
 
     async def close(self) -> None:
@@ -53,7 +49,7 @@ class Store:
         if self._writing:
             await asyncio.wait(self._writing)
         if self._is_registered:
-            self._session.deregister_object_store(STORE_SCHEME, self.folder.name)
+            self._session.deregister_object_store(EXCHANGE, self.folder.name)
         del self._session
         if self.folder.exists():
             await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)

@@ -7,6 +7,7 @@ import grpc
 from worker.cluster.process import CpuUsage, resident_bytes
 from worker.cluster.service import ClusterServicer
 from worker.config import Settings
+from worker.policy import PlanPolicyLike
 from worker.proto import observability_pb2, observability_pb2_grpc
 from worker.requests import Request
 from worker.servicer import Context
@@ -22,8 +23,14 @@ class ObservabilityServicer(ClusterServicer, observability_pb2_grpc.Observabilit
     whoever knows the key of a task may read its output (see ``ClusterServicer.ExecuteTask``).
     """
 
-    def __init__(self, session_builder: SessionBuilderLike | None = None, *, settings: Settings | None = None) -> None:
-        super().__init__(session_builder, settings=settings)
+    def __init__(
+        self,
+        session_builder: SessionBuilderLike | None = None,
+        *,
+        settings: Settings | None = None,
+        plan_policy: PlanPolicyLike | None = None,
+    ) -> None:
+        super().__init__(session_builder, settings=settings, plan_policy=plan_policy)
         self._cpu_usage = CpuUsage()
 
     async def Ping(self, request: Any, context: Context) -> observability_pb2.PingResponse:

@@ -25,6 +25,7 @@ from worker.config import Settings
 from worker.errors import FailedPrecondition, InvalidPlan, InvalidRequest
 from worker.message import Message
 from worker.plan_proto import Message as PlanMessage
+from worker.policy import PlanPolicyLike
 from worker.proto import worker_pb2, worker_pb2_grpc
 from worker.servicer import Context, Servicer, Statistics
 from worker.session import SessionBuilderLike
@@ -38,8 +39,14 @@ SERVICE: str = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name
 class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
     """A worker that coordinators of Distributed DataFusion know how to drive."""
 
-    def __init__(self, session_builder: SessionBuilderLike | None = None, *, settings: Settings | None = None) -> None:
-        super().__init__(session_builder, settings=settings)
+    def __init__(
+        self,
+        session_builder: SessionBuilderLike | None = None,
+        *,
+        settings: Settings | None = None,
+        plan_policy: PlanPolicyLike | None = None,
+    ) -> None:
+        super().__init__(session_builder, settings=settings, plan_policy=plan_policy)
         self._version = self._settings.version
         self._channels = Channels()
         certificates = Certificates.of(self._settings)
@@ -95,6 +102,7 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
                 settings = ClusterSettings.from_headers(query.headers)
                 settings.apply(query.headers, query.builder)
                 session = await self._session_builder.build_session_state(query)
+                await self._permit(query, request.plan_proto)
                 if request.work_unit_feed_declarations:
                     raise FailedPrecondition(
                         f"{len(request.work_unit_feed_declarations)} nodes of the plan are fed with work units, "
