@@ -253,12 +253,11 @@ def _scanned(kind: str, conf: Message) -> Iterator[Touched]:
 
 
 def _written(kind: str, conf: Message) -> Iterator[Touched]:
-    # The URL says which store, that of each table where in it.
     store = _store(kind, conf.object_store_url)
     for url in conf.table_paths:
         parsed = _OUTPUT_URL.fullmatch(url)
         path = unquote(parsed[2]).strip("/") if parsed else ""
-        if parsed is None or not {"", ".", ".."}.isdisjoint(path.split("/")[:-1]) or path in (".", "..", ""):
+        if parsed is None or _store(kind, parsed[1]) != store or not {"", ".", ".."}.isdisjoint(path.split("/")):
             raise InvalidPlan(f"the plan's {kind} writes to {url!r}: a URL such as 'file:///folder/name' is right")
         yield Touched(kind, store, path)
 

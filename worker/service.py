@@ -88,7 +88,7 @@ class Worker(ObservabilityServicer, Flight_pb2_grpc.FlightServiceServicer):
             expand_views = output.expand_views(query.headers)
             collects_metrics = ticket.stage_key is not None and flight.collects_metrics(query.headers)
             session = await self._session_builder.build_session_state(query)
-            await self._permit(query, ticket.plan)
+            await self._permit(query, ticket.plan, is_known=self._tasks.knows(ticket, query.principal))
             async with self._tasks.partition(
                 ticket,
                 query.principal,
@@ -212,7 +212,7 @@ class Worker(ObservabilityServicer, Flight_pb2_grpc.FlightServiceServicer):
         query = self._query_of(answered, ticket, context)
         expand_views = output.expand_views(query.headers)
         session = await self._session_builder.build_session_state(query)
-        await self._permit(query, ticket.plan)
+        await self._permit(query, ticket.plan, is_known=self._tasks.knows(ticket, query.principal))
         async with self._tasks.task(
             ticket,
             query.principal,

@@ -256,6 +256,11 @@ class Tasks:
             self._decoding.histogram(),
         )
 
+    def knows(self, ticket: PlanTicket, principal: str) -> bool:
+        """Whether there is a task that stands for this very plan, since its principal has asked for it before."""
+        entry = None if ticket.stage_key is None else self._entries.get((principal, ticket.stage_key))
+        return entry is not None and entry.ticket.plan == ticket.plan
+
     @asynccontextmanager
     async def task(
         self,
