@@ -4,7 +4,8 @@
 #     RUN pip install your-package
 #     USER worker
 #     ENV WORKER_SESSION_BUILDER=your_package:build_state
-# It listens for other machines, so it wants TLS and a check of who asks (docs/security.md), or WORKER_INSECURE=true.
+# It listens for other machines, so it wants TLS and a check of who asks (docs/security.md), or WORKER_INSECURE=true; and
+# plans read no files but those of folders that WORKER_ALLOW_PATH names.
 # Set the port and certificates by WORKER_PORT, WORKER_TLS_CERT and WORKER_TLS_KEY: the health check reads them too.
 FROM python:3.13-slim AS build
 COPY . /source

@@ -186,6 +186,22 @@ def encoded(schema: pa.Schema = SCHEMA) -> list[worker_pb2.FlightData]:
     ]
 
 
+def claiming(size: int) -> list[bytes]:
+    """The messages of a batch whose compressed buffer says what it likes about its size."""
+    plain = bytes(4000)
+    batch = pa.RecordBatch.from_pydict({"number": pa.array([0] * 500)}, schema=SCHEMA)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, SCHEMA, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_batch(batch)
+    schema, compressed = pa.ipc.MessageReader.open_stream(sink.getvalue())
+    body = compressed.body.to_pybytes()
+    assert body.startswith(len(plain).to_bytes(8, "little"))
+    return [
+        flight_data(schema.metadata.to_pybytes()),
+        flight_data(compressed.metadata.to_pybytes(), size.to_bytes(8, "little") + body[8:]),
+    ]
+
+
 ANSWERS = {
     "no FlightData": [b"\xff"],
     "no flatbuffer": [flight_data(b"these are no metadata of Arrow's")],
@@ -193,6 +209,10 @@ ANSWERS = {
     "no schema": [flight_data(encoded()[0].data_header[:60] + bytes(100))],
     "a batch before the schema": [encoded()[1].SerializeToString()],
     "a body that is cut off": [encoded()[0].SerializeToString(), flight_data(encoded()[1].data_header, b"1")],
+    "a buffer of more memory than there is": claiming(1 << 60),
+    "a schema that no machine has the memory for": [
+        flight_data(pa.schema({"number": pa.binary(1 << 30)}).serialize().to_pybytes()[8:])
+    ],
     "a partition that is no number": [flight_data(encoded()[0].data_header, metadata=b"\xff")],
 }
 

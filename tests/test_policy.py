@@ -17,11 +17,12 @@ from datafusion import SessionContext, udf
 from datafusion.object_store import LocalFileSystem
 from flight_plans import coalesced, stage, ticket
 from google.protobuf.descriptor import Descriptor
-from support import Touch, do_get, fetch_one, stage_key, status, status_of, stub
+from support import Touch, do_get, fetch_one, listening, stage_key, status, status_of, stub
 from worker_service import coordinated, refusal
 
 import worker
 from worker import plan_proto
+from worker.client import WorkerClient
 from worker.plan_proto import Message
 from worker.policy import DefaultPolicy, PlanAccess, Touched, access_of, check_of
 from worker.proto import Flight_pb2
@@ -476,6 +477,16 @@ async def test_the_store_of_one_request_is_not_there_for_another(allowed: Path) 
         code, text = await status_of(at, plan)
         assert code is not OK
         assert "object store found for tenant://a/" in text
+
+
+async def test_the_command_line_sets_the_policy(allowed: Path) -> None:
+    command = ("-m", "worker", "--port", "0", "--allow-path", str(allowed))
+    async with listening(*command) as (_, address), WorkerClient(address) as client:
+        plan = scan(allowed / "numbers.csv").SerializeToString()
+        assert [batch.num_rows async for batch in client.execute(plan, 0)] == [1]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await anext(client.execute(scan("etc/passwd").SerializeToString(), 0))
+        assert (caught.value.code(), caught.value.details()) == denied("csv_scan", "etc/passwd")
 
 
 class OfTenant:
