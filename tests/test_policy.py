@@ -18,7 +18,7 @@ from datafusion.object_store import LocalFileSystem
 from flight_plans import coalesced, stage, ticket
 from google.protobuf.descriptor import Descriptor
 from support import Touch, do_get, fetch_one, listening, stage_key, status, status_of, stub
-from worker_service import coordinated, refusal
+from worker_service import coordinated, hashed, plan_of, refusal, refused_read, repartition
 
 import worker
 from worker import plan_proto
@@ -544,6 +544,26 @@ async def test_a_policy_sees_functions_and_those_that_come_inside_of_the_plan(tm
     (access,) = asked
     assert access.functions == {"shout", "sum", "row_number"}
     assert access.inlined_functions == {"shout"}
+    assert not (tmp_path / "sprung").exists()
+
+
+async def test_pickled_functions_run_neither_in_plans_of_coordinators_nor_in_heads(tmp_path: Path) -> None:
+    trap = Touch(tmp_path / "sprung")
+    session = SessionContext()
+    session.register_udf(udf(lambda x, trap=trap: x, [pa.int64()], pa.int64(), "volatile", "trapped"))
+    session.register_record_batches("t", [[pa.record_batch({"x": [1, 2]})]])
+    trapped = plan_proto.parse(session.sql("SELECT trapped(x) AS x FROM t").execution_plan().to_bytes())
+    partitioning = hashed(0, 2)
+    partitioning.hash.hash_expr[0].CopyFrom(trapped.projection.expr[0])
+    assert all(b"DFPYUDF" in message.SerializeToString() for message in (trapped, partitioning))
+    async with running_worker() as at:
+        async with coordinated(at, trapped) as task:
+            code, text = await refused_read(at, task.key)
+            assert (code, "the session has no scalar function 'trapped'" in text) == (INVALID, True)
+        async with coordinated(at, plan_of([1, 2])) as task:
+            code, text = await refused_read(at, task.key, range(2), repartition(partitioning))
+            assert code is INVALID
+            assert "trapped" in text
     assert not (tmp_path / "sprung").exists()
 
 
