@@ -77,9 +77,9 @@ class Servicer:
         """
         Args:
             session_builder: makes the session of every request; ``DefaultSessionBuilder`` where there is none.
-            settings: of which ``port`` and what else is about a server have no meaning here; but certificates are shown to
-                other workers, and ``host`` is for the policy: where it is not this machine's own, plans may name no files
-                but those of ``allow_path``.
+            settings: of which ``port`` and what else is about a server have no meaning here; but certificates are shown
+                to other workers, and ``host`` is for the policy: where it is not this machine's own, plans may name no
+                files but those of ``allow_path``.
             plan_policy: decides what the plan of each request may touch; ``DefaultPolicy`` where there is none.
 
         Raises:
