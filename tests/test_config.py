@@ -37,7 +37,14 @@ DEFAULTS = {
     "cluster_workers": (),
     "allow_path": (),
     "allow_writes": False,
-    "memory_limit": usable_memory() // 2,
+    "memory": usable_memory() * 3 // 4,
+    "memory_limit": None,
+    "max_tasks": 1000,
+    "max_streams": 4000,
+    "max_waiting": 1000,
+    "max_wait": 30,
+    "max_duration": None,
+    "max_spill": None,
     "spill_folder": None,
     "max_ticket_size": 64 * MEBIBYTE,
     "max_flight_info_size": 16 * MEBIBYTE,
@@ -76,7 +83,14 @@ VALUES = [
     ("cluster_workers", "http://a:8000,https://b", ("http://a:8000", "https://b")),
     ("allow_path", "/usr,/var/tmp", (Path("/usr"), Path("/var/tmp"))),
     ("allow_writes", "true", True),
+    ("memory", "12GiB", 12 << 30),
     ("memory_limit", "4GiB", 4 << 30),
+    ("max_tasks", "10", 10),
+    ("max_streams", "10", 10),
+    ("max_waiting", "0", 0),
+    ("max_wait", "0", 0),
+    ("max_duration", "0.5", 0.5),
+    ("max_spill", "1GB", 10**9),
     ("spill_folder", "/var/tmp", Path("/var/tmp")),
     ("max_ticket_size", "1MB", 10**6),
     ("max_flight_info_size", "512", 512),
@@ -148,8 +162,16 @@ def test_code_and_command_line_go_before_the_environment(monkeypatch: pytest.Mon
         ("location", "worker-3:8000"),
         ("location", "http://worker-3:8000"),
         ("location", "grpc://"),
+        ("memory", "0"),
         ("memory_limit", "0"),
         ("memory_limit", "plenty"),
+        ("max_tasks", "0"),
+        ("max_streams", "0"),
+        ("max_waiting", "-1"),
+        ("max_wait", "-1"),
+        ("max_wait", "inf"),
+        ("max_duration", "0"),
+        ("max_spill", "1000"),
         ("max_ticket_size", "0"),
         ("max_ticket_size", "2GiB"),
         ("max_flight_info_size", "-1"),
@@ -235,10 +257,22 @@ def test_the_help_says_every_option_with_its_default(capsys: pytest.CaptureFixtu
 def test_usable_memory_is_within_the_machines() -> None:
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0 < usable_memory() <= machine
-    assert Settings().memory_limit == usable_memory() // 2
 
 
 def test_an_empty_variable_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORKER_SPILL_FOLDER", "")
     monkeypatch.setenv("WORKER_PORT", "")
     assert (Settings().spill_folder, Settings().port) == (None, 8000)
+
+
+@pytest.mark.parametrize(
+    ("values", "size"),
+    [
+        ({"memory": 8 << 30}, 1 << 30),
+        ({"memory": 100 * MEBIBYTE}, 64 * MEBIBYTE),
+        ({"memory": 10 * MEBIBYTE}, 10 * MEBIBYTE),
+        ({"memory": 8 << 30, "memory_limit": 5}, 5),
+    ],
+)
+def test_a_task_has_a_pool_of_an_eighth_of_the_memory_unless_it_is_set(values: dict[str, int], size: int) -> None:
+    assert _code(**values).pool_size == size

@@ -100,6 +100,7 @@ def test_the_exports_are_pinned() -> None:
     assert worker.__all__ == [
         "DefaultPolicy",
         "DefaultSessionBuilder",
+        "DurationExceeded",
         "EnginePanicked",
         "ExecutionFailed",
         "FailedPrecondition",
@@ -108,6 +109,7 @@ def test_the_exports_are_pinned() -> None:
         "InvalidPlan",
         "InvalidRequest",
         "InvalidTicket",
+        "MemoryExceeded",
         "NotFound",
         "PartitionOutOfRange",
         "PermissionDenied",
@@ -133,6 +135,7 @@ def test_the_exports_are_pinned() -> None:
         "UnfitSettings",
         "UpstreamFailed",
         "Worker",
+        "WorkerBusy",
         "WorkerError",
         "WorkerQueryContext",
         "WorkerSessionBuilder",

@@ -26,6 +26,7 @@ from worker import (
     WorkerQueryContext,
     plan_ticket,
 )
+from worker.admission import Admission
 from worker.client import WorkerClient
 from worker.proto.Flight_pb2 import Ticket
 from worker.proto.Flight_pb2_grpc import FlightServiceStub
@@ -33,6 +34,8 @@ from worker.tasks import Tasks
 from worker.testing import RunningWorker, running_worker
 
 MEGABYTE = 1_000_000
+
+ADMISSION = Admission(1 << 30, max_tasks=9, max_waiting=9, max_wait=9)
 
 
 def rows_plan(rows: int, partitions: int, where: str = "true") -> bytes:
@@ -144,16 +147,16 @@ async def test_closing_a_worker_ends_its_streams_and_refuses_new_ones() -> None:
 
 @pytest.mark.parametrize("alone", [True, False])
 async def test_a_partition_that_was_still_to_be_executed_when_the_worker_closed_is_unavailable(alone: bool) -> None:
-    tasks = Tasks(1)
+    tasks = Tasks(1, ADMISSION, max_streams=9)
     ticket = PlanTicket(rows_plan(1, 2))
-    async with tasks.task(ticket, "ada", SessionStateBuilder().build(), python_udf_inlining=False) as task:
+    async with tasks.task(ticket, "ada", SessionStateBuilder().build(), memory=1, python_udf_inlining=False) as task:
         await tasks.close()
         with pytest.raises(Unavailable):
             await task.execute(0, alone=alone)
 
 
 async def test_a_partition_that_was_being_executed_when_the_worker_closed_is_not_read() -> None:
-    tasks, session, plan = Tasks(1), SessionStateBuilder().build(), rows_plan(1, 1)
+    tasks, session, plan = Tasks(1, ADMISSION, max_streams=9), SessionStateBuilder().build(), rows_plan(1, 1)
     instance = await tasks.decode(session, plan)
     await tasks.close()
     with pytest.raises(Unavailable):

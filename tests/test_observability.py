@@ -23,10 +23,11 @@ from worker_service import NUMBERS, Metadata, coordinated, read, reads, task_key
 import worker
 from worker import plan_proto
 from worker.cluster import members
-from worker.cluster.process import CpuUsage, resident_bytes
+from worker.cluster.process import CpuUsage
 from worker.config import Settings
 from worker.proto import observability_pb2, observability_pb2_grpc, worker_pb2
 from worker.testing import RunningWorker, running_worker
+from worker.watchdog import resident_bytes
 
 ADA, BOB = (("x-user", "ada"),), (("x-user", "bob"),)
 

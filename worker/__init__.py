@@ -1,9 +1,9 @@
 """A worker for distributed DataFusion: executes physical plans that come in Arrow Flight tickets.
 
-Layers, each importing only from those before it: errors, message, ipc, allocator, interrupt; headers, ticket, config,
-output, logs, durations; files, tls, auth; plan_proto, session, plan, policy, partitionwise; views, dictionaries,
-compact, compress, encode, decode, flight_data; stream; tasks; requests; servicer; cluster; service; server, metrics,
-client, testing, importer; the command lines.
+Layers, each importing only from those before it: errors, message, ipc, allocator, interrupt, ending; headers, ticket,
+config, output, logs, durations; files, tls, auth; plan_proto, session, plan, policy, partitionwise; views,
+dictionaries, compact, compress, encode, decode, flight_data; stream; admission, watchdog, tasks; requests; servicer;
+cluster; service; server, metrics, client, testing, importer; the command lines.
 """
 
 from worker.allocator import keep_freed_memory
@@ -12,6 +12,7 @@ from worker.cluster.observability import add_ObservabilityServiceServicer_to_ser
 from worker.cluster.service import add_WorkerServiceServicer_to_server
 from worker.config import Settings, UnfitSettings
 from worker.errors import (
+    DurationExceeded,
     EnginePanicked,
     ExecutionFailed,
     FailedPrecondition,
@@ -19,6 +20,7 @@ from worker.errors import (
     InvalidPlan,
     InvalidRequest,
     InvalidTicket,
+    MemoryExceeded,
     NotFound,
     PartitionOutOfRange,
     PermissionDenied,
@@ -32,6 +34,7 @@ from worker.errors import (
     Unauthenticated,
     Unavailable,
     UpstreamFailed,
+    WorkerBusy,
     WorkerError,
 )
 from worker.headers import Headers
@@ -50,6 +53,7 @@ from worker.ticket import PlanTicket, StageKey, plan_ticket
 __all__ = [
     "DefaultPolicy",
     "DefaultSessionBuilder",
+    "DurationExceeded",
     "EnginePanicked",
     "ExecutionFailed",
     "FailedPrecondition",
@@ -58,6 +62,7 @@ __all__ = [
     "InvalidPlan",
     "InvalidRequest",
     "InvalidTicket",
+    "MemoryExceeded",
     "NotFound",
     "PartitionOutOfRange",
     "PermissionDenied",
@@ -83,6 +88,7 @@ __all__ = [
     "UnfitSettings",
     "UpstreamFailed",
     "Worker",
+    "WorkerBusy",
     "WorkerError",
     "WorkerQueryContext",
     "WorkerSessionBuilder",

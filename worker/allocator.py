@@ -27,6 +27,13 @@ def keep_freed_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, LARGEST_KEPT_BLOCK)
 
 
+def give_back_freed_memory() -> None:
+    """Gives memory that was freed back to the system. Blocks; does nothing where the C library is not glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def restart_keeping_engine_memory() -> None:
     """Starts this program anew with the environment that DataFusion's allocator is to have, unless it has it.
 

@@ -97,11 +97,47 @@ class Settings(BaseSettings):
     allow_writes: bool = Field(
         default=False, description="whether plans may write files, where they may read some, and to object stores"
     )
-    memory_limit: Bytes = Field(
-        default_factory=lambda: ByteSize(usable_memory() // 2),
+    memory: Bytes = Field(
+        default_factory=lambda: ByteSize(usable_memory() * 3 // 4),
+        gt=0,
+        description="for the memory pools of all tasks that run at the same time, such as 12GiB; three quarters of the "
+        "machine's or container's memory unless set",
+    )
+    memory_limit: Bytes | None = Field(
+        default=None,
         gt=0,
         description="DataFusion's memory pool for one task, beyond which it spills or fails, such as 4GiB; "
-        "half of the machine's or container's memory unless set",
+        "an eighth of memory unless set, 64MiB at least",
+    )
+    max_tasks: int = Field(
+        default=1000, gt=0, description="how many tasks run at the same time, however little memory they need"
+    )
+    max_streams: int = Field(
+        default=4000,
+        gt=0,
+        description="how many partitions are executed and read at the same time, each with some MB on their way",
+    )
+    max_waiting: int = Field(
+        default=1000, ge=0, description="how many tasks wait until there is memory for them; more are refused"
+    )
+    max_wait: float = Field(
+        default=30,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds that a task waits for memory before it is refused",
+    )
+    max_duration: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds after which a request is ended, such as 3600; without it, the client's deadline alone "
+        "counts",
+    )
+    max_spill: Bytes | None = Field(
+        default=None,
+        ge=MEBIBYTE,
+        description="what one task may spill to disk, and what all tasks together may keep there of other workers' "
+        "rows, such as 100GiB; DataFusion's own limit for a task is 100GB",
     )
     spill_folder: DirectoryPath | None = Field(
         default=None,
@@ -194,3 +230,11 @@ class Settings(BaseSettings):
         description="the port that Prometheus reads metrics from, on the address of host; 0 picks a free one; "
         "without it, there is none",
     )
+
+    @property
+    def pool_size(self) -> int:
+        """Bytes of the memory pool of one task: ``memory_limit``, or what it is when it is not set."""
+        if self.memory_limit is not None:
+            return self.memory_limit
+        # Large enough for joins, which cannot spill, and small enough for some tasks at a time.
+        return max(self.memory // 8, min(self.memory, 64 * MEBIBYTE))

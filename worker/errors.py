@@ -9,6 +9,9 @@
     ├── StageKeyConflict         FAILED_PRECONDITION  a stage key that stands for another plan
     ├── ResponseTooLarge         RESOURCE_EXHAUSTED   an answer beyond a limit of this worker
     ├── ResourcesExhausted       RESOURCE_EXHAUSTED   DataFusion ran out of its memory pool or disk
+    ├── WorkerBusy               RESOURCE_EXHAUSTED   no place for the task or stream; a retry makes sense
+    ├── MemoryExceeded           RESOURCE_EXHAUSTED   the process ran short of memory, and this task was the largest
+    ├── DurationExceeded         DEADLINE_EXCEEDED    the request took longer than max_duration
     ├── ExecutionFailed          INTERNAL             DataFusion failed while it ran the plan
     ├── EnginePanicked           INTERNAL             DataFusion panicked; the worker goes on
     ├── UpstreamFailed           INTERNAL             or its own status: a worker that this one reads from failed
@@ -69,9 +72,27 @@ class ResponseTooLarge(WorkerError):
 
 
 class ResourcesExhausted(WorkerError):
-    """DataFusion reached the limit of its memory pool or of its spill folder."""
+    """The task reached the limit of its memory pool, or of the disk for what it spills and is sent."""
 
     status = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class WorkerBusy(WorkerError):
+    """There was no place for the task within ``max_wait``, too many wait for one, or too many streams are open."""
+
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class MemoryExceeded(WorkerError):
+    """The memory of the whole process came close to its limit, and this task was ended as the largest."""
+
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class DurationExceeded(WorkerError):
+    """The request took longer than the worker's ``max_duration``."""
+
+    status = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 class ExecutionFailed(WorkerError):

@@ -17,6 +17,8 @@ PYTHON_UDF_PREFIX = b"DFPYUD"
 _MISSING_FUNCTION = re.compile(r"PhysicalExtensionCodec is not provided for (\w+) function (.+)")
 _MISSING_STORE = re.compile(r"No suitable object store found for ([a-z0-9+.-]+://[^/\s]*)")
 _PANIC_TYPES = frozenset({"PanicException", "RustPanic"})
+# What is said of a memory pool, and of the disk for what it spills.
+_EXHAUSTED = re.compile("Resources exhausted|used disk space during the spilling process has exceeded")
 # How the panic of a task that an operator has spawned looks like when that passes it on as an error.
 _PANIC_ELSEWHERE = re.compile(r"panicked with message|JoinError::Panic\(")
 # How an error of a Python function looks in the text of DataFusion's. Its traceback shows the worker's own files.
@@ -214,7 +216,7 @@ def execution_errors() -> Iterator[None]:
             raise EnginePanicked(f"DataFusion panicked while it executed the plan: {text}") from error
         if not isinstance(error, Exception):
             raise
-        raise (ResourcesExhausted if "Resources exhausted" in text else ExecutionFailed)(text) from error
+        raise (ResourcesExhausted if _EXHAUSTED.search(text) else ExecutionFailed)(text) from error
 
 
 def _text(error: BaseException) -> str:

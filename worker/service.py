@@ -62,13 +62,19 @@ class Worker(ObservabilityServicer, Flight_pb2_grpc.FlightServiceServicer):
 
     async def DoGet(self, request: Flight_pb2.Ticket, context: Context) -> AsyncIterator[Flight_pb2.FlightData]:
         """The record batches of one partition of the ticket's plan, its schema first."""
-        async with aclosing(self._stream(request, context)) as messages:
+        async with (
+            self._answering(context, "DoGet") as answered,
+            aclosing(self._stream(request, context, answered)) as messages,
+        ):
             async for (header, body), metadata in messages:
                 yield Flight_pb2.FlightData(data_header=header, app_metadata=metadata, data_body=b"".join(body))
 
     async def _do_get_bytes(self, request: Flight_pb2.Ticket, context: Context) -> None:
         """``DoGet`` for a handler without serializer: writes ``FlightData`` messages that are serialized already."""
-        async with aclosing(self._stream(request, context)) as messages:
+        async with (
+            self._answering(context, "DoGet") as answered,
+            aclosing(self._stream(request, context, answered)) as messages,
+        ):
             async for message, metadata in messages:
                 try:
                     await context.write(flight_data.serialize(message, metadata))
@@ -77,42 +83,42 @@ class Worker(ObservabilityServicer, Flight_pb2_grpc.FlightServiceServicer):
                     return
 
     async def _stream(
-        self, request: Flight_pb2.Ticket, context: Context
+        self, request: Flight_pb2.Ticket, context: Context, answered: Request
     ) -> AsyncGenerator[tuple[Message, bytes], None]:
         """A request's life: messages, each with its ``app_metadata``."""
-        async with self._answering(context, "DoGet") as answered:
-            ticket = PlanTicket.from_bytes(request.ticket)
-            answered.partitions = range(ticket.partition, ticket.partition + 1)
-            query = self._query_of(answered, ticket, context)
-            compression = output.compression(query.headers) or self._settings.compression
-            expand_views = output.expand_views(query.headers)
-            collects_metrics = ticket.stage_key is not None and flight.collects_metrics(query.headers)
-            session = await self._session_builder.build_session_state(query)
-            await self._permit(query, ticket.plan, is_known=self._tasks.knows(ticket, query.principal))
-            async with self._tasks.partition(
-                ticket,
-                query.principal,
-                session,
-                python_udf_inlining=query.builder.python_udf_inlining,
-                rewrite=self._exchange.rewrite(ticket, query.headers),
-            ) as (task, batches):
-                expands_views = query.builder.expands_views if expand_views is None else expand_views
-                held: Message | None = None
-                async with aclosing(self._encoded(answered, task, batches, compression, expands_views)) as messages:
-                    async for message in messages:
-                        if not collects_metrics:
-                            yield message, b""
-                            continue
-                        # The last one is to have the figures, and only the end tells which that is.
-                        if held is not None:
-                            yield held, b""
-                        held = message
-                is_last = task.end(ticket.partition)
-                if held is not None and ticket.stage_key is not None:
-                    metadata = b""
-                    if is_last:
-                        metadata = await self._tasks.in_thread(flight.app_metadata, task, ticket.stage_key)
-                    yield held, metadata
+        ticket = PlanTicket.from_bytes(request.ticket)
+        answered.partitions = range(ticket.partition, ticket.partition + 1)
+        query = self._query_of(answered, ticket, context)
+        compression = output.compression(query.headers) or self._settings.compression
+        expand_views = output.expand_views(query.headers)
+        collects_metrics = ticket.stage_key is not None and flight.collects_metrics(query.headers)
+        session = await self._session_builder.build_session_state(query)
+        await self._permit(query, ticket.plan, is_known=self._tasks.knows(ticket, query.principal))
+        async with self._tasks.partition(
+            ticket,
+            query.principal,
+            session,
+            memory=query.builder.memory_limit,
+            python_udf_inlining=query.builder.python_udf_inlining,
+            rewrite=self._exchange.rewrite(ticket, query.headers),
+        ) as (task, batches):
+            expands_views = query.builder.expands_views if expand_views is None else expand_views
+            held: Message | None = None
+            async with aclosing(self._encoded(answered, task, batches, compression, expands_views)) as messages:
+                async for message in messages:
+                    if not collects_metrics:
+                        yield message, b""
+                        continue
+                    # The last one is to have the figures, and only the end tells which that is.
+                    if held is not None:
+                        yield held, b""
+                    held = message
+            is_last = task.end(ticket.partition)
+            if held is not None and ticket.stage_key is not None:
+                metadata = b""
+                if is_last:
+                    metadata = await self._tasks.in_thread(flight.app_metadata, task, ticket.stage_key)
+                yield held, metadata
 
     async def _encoded(
         self, answered: Request, task: Task, batches: PartitionStream, compression: Compression, expand_views: bool
@@ -217,6 +223,7 @@ class Worker(ObservabilityServicer, Flight_pb2_grpc.FlightServiceServicer):
             ticket,
             query.principal,
             session,
+            memory=query.builder.memory_limit,
             python_udf_inlining=query.builder.python_udf_inlining,
             rewrite=self._exchange.rewrite(ticket, query.headers),
         ) as task:

@@ -1,6 +1,7 @@
 """What all servicers of a worker share: its settings, session builder, tasks and counts, and the one error boundary."""
 
 import asyncio
+import contextlib
 import hashlib
 import secrets
 from collections.abc import AsyncIterator, Mapping
@@ -12,10 +13,12 @@ from typing import Any, Self, TypeAlias
 
 import grpc
 
+from worker.admission import Admission
 from worker.auth import caller
 from worker.config import Settings
 from worker.durations import Histogram
-from worker.errors import SessionBuilderFailed, Unavailable, UpstreamFailed, WorkerError
+from worker.ending import end, ended_with, this_request
+from worker.errors import DurationExceeded, SessionBuilderFailed, Unavailable, UpstreamFailed, WorkerError
 from worker.headers import Headers
 from worker.policy import DefaultPolicy, PlanPolicyLike, access_of, check_of
 from worker.requests import Request, Requests
@@ -62,6 +65,10 @@ class Statistics:
     """How long it took to make an instance of a plan, what goes before its decoding included."""
     first_byte: Mapping[str, Histogram]
     """How long it took from a request to the first message of its answer, by the RPC's name."""
+    waiting: int
+    """Tasks that wait until there is memory for them."""
+    memory_claimed: int
+    """Bytes of the memory pools of the tasks that run."""
 
 
 class Servicer:
@@ -91,7 +98,13 @@ class Servicer:
         policy = plan_policy or DefaultPolicy(self._settings)
         self._check_policy = check_of(policy)
         self._policy_is_default = type(policy) is DefaultPolicy
-        self._tasks = Tasks(self._settings.idle_time)
+        admission = Admission(
+            self._settings.memory,
+            max_tasks=self._settings.max_tasks,
+            max_waiting=self._settings.max_waiting,
+            max_wait=self._settings.max_wait,
+        )
+        self._tasks = Tasks(self._settings.idle_time, admission, max_streams=self._settings.max_streams)
         self._principal_key = secrets.token_bytes(32)
         self._requests = Requests()
 
@@ -134,6 +147,8 @@ class Servicer:
             errors=requests.errors,
             decoding=tasks.decoding,
             first_byte=requests.first_byte,
+            waiting=tasks.waiting,
+            memory_claimed=tasks.memory_claimed,
         )
 
     def refused(self, method: str, error: WorkerError) -> None:
@@ -161,7 +176,8 @@ class Servicer:
 
         Also what is no ``Exception``: a Rust panic that left a handler would leave the client without an answer.
         """
-        request = self._requests.begin(method)
+        request, running = self._requests.begin(method), this_request()
+        timer = self._end_in_time(running)
         try:
             yield request
         except WorkerError as error:
@@ -173,13 +189,21 @@ class Servicer:
             self._requests.end(request, _code(context))
             raise
         except (GeneratorExit, KeyboardInterrupt, SystemExit):
-            self._requests.end(request, grpc.StatusCode.CANCELLED)
+            ended = ended_with(running)
+            self._requests.end(request, ended.status if ended else grpc.StatusCode.CANCELLED, ended)
+            # gRPC, which sends what the handler yields, was ended in the midst of that, and gives no answer then.
+            if ended:
+                self._tasks.in_background(_abort(context, ended))
             raise
         except BaseException as error:
             if is_cancellation(error):
-                self._requests.end(request, grpc.StatusCode.CANCELLED)
-                raise
-            if isinstance(error, asyncio.CancelledError):
+                ended = ended_with(running)
+                self._requests.end(request, ended.status if ended else grpc.StatusCode.CANCELLED, ended)
+                if not ended:
+                    raise
+                running.uncancel()
+                _fail(context, ended.status, _details(str(ended)))
+            elif isinstance(error, asyncio.CancelledError):
                 # Nobody cancels what a request waits for but the worker, when it is closed.
                 closed = Unavailable("the worker was closed")
                 self._requests.end(request, closed.status, closed)
@@ -189,6 +213,17 @@ class Servicer:
                 _fail(context, grpc.StatusCode.INTERNAL, "internal error: the worker's log says why")
         else:
             self._requests.end(request, grpc.StatusCode.OK)
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _end_in_time(self, running: asyncio.Task[Any]) -> asyncio.TimerHandle | None:
+        """Ends a request after ``max_duration``."""
+        seconds = self._settings.max_duration
+        if seconds is None:
+            return None
+        error = DurationExceeded(f"the request took longer than {seconds:g} s, which is this worker's max_duration")
+        return asyncio.get_running_loop().call_later(seconds, end, running, error)
 
     async def _permit(self, query: WorkerQueryContext, plan_bytes: bytes, *, is_known: bool = False) -> None:
         """Has the policy look at what a plan touches, before anything of it is decoded.
@@ -222,7 +257,9 @@ class Servicer:
     ) -> WorkerQueryContext:
         headers = Headers(context.invocation_metadata() or ())
         request.query = WorkerQueryContext(
-            builder=SessionStateBuilder(self._settings.memory_limit, self._settings.spill_folder),
+            builder=SessionStateBuilder(
+                self._settings.pool_size, self._settings.spill_folder, max_spill=self._settings.max_spill
+            ),
             headers=headers,
             task_index=task_index,
             task_count=task_count,
@@ -242,6 +279,12 @@ class Servicer:
             # With numbers and lengths, so that no two callers' values come to the same bytes.
             digest.update(b"%d " % len(parts) + b"".join(b"%d %b" % (len(part), part) for part in parts))
         return digest.hexdigest()
+
+
+async def _abort(context: Context, error: WorkerError) -> None:
+    """Ends an RPC with a status, from outside of its handler."""
+    with contextlib.suppress(grpc.aio.AbortError):
+        await context.abort(error.status, _details(str(error)))
 
 
 def _fail(context: Context, code: grpc.StatusCode, details: str) -> None:

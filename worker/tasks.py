@@ -5,21 +5,25 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import pyarrow as pa
 from datafusion import ExecutionPlan, RecordBatchStream, SessionContext
 
-from worker import plan
+from worker import plan, plan_proto
+from worker.admission import Admission, Claim, Demand
 from worker.durations import Durations, Histogram
 from worker.encode import Encoder
-from worker.errors import PartitionOutOfRange, StageKeyConflict, Unavailable
+from worker.ending import end, this_request
+from worker.errors import PartitionOutOfRange, StageKeyConflict, Unavailable, WorkerBusy, WorkerError
 from worker.message import Message
 from worker.partitionwise import counterparts, make_partitions_independent
 from worker.plan_proto import Message as PlanMessage
 from worker.stream import PartitionStream, ReadThreads, let_go
-from worker.ticket import PlanTicket
+from worker.ticket import PlanTicket, StageKey
+from worker.watchdog import Watchdog
 
 T = TypeVar("T")
 
@@ -34,6 +38,38 @@ SMALL_PLAN = 8 * 1024
 # A partition that nobody will read is polled before it is dropped: only then does a RepartitionExec know that nobody
 # reads it, and stops to buffer for it. The poll happens in DataFusion's runtime, at once unless that is busy.
 ABANDON_SECONDS = 0.2
+
+# Tasks that nobody uses, which later requests may; beyond so many, or so much of the memory by their plans' sizes, the
+# one that idles longest is forgotten before its time.
+IDLE_TASKS = 1000
+IDLE_PART = 8
+
+# Tickets do not say when their query began: those of coordinators count as younger than all others.
+LAST_AGE = 1 << 64
+
+# Nodes that pass on what they read and take nothing from the memory pool. A plan of these alone needs no place in
+# memory, so that readers that are slow keep no others away.
+STREAMING_NODES = frozenset(
+    {
+        "arrow_scan",
+        "avro_scan",
+        "coalesce_batches",
+        "cooperative",
+        "csv_scan",
+        "empty",
+        "filter",
+        "generate_series",
+        "global_limit",
+        "json_scan",
+        "local_limit",
+        "memory_scan",
+        "merge",
+        "parquet_scan",
+        "placeholder_row",
+        "projection",
+        "union",
+    }
+)
 
 
 class Input(Protocol):
@@ -81,6 +117,8 @@ class TaskStatistics:
     plans_decoded: int
     partitions_executed: int
     decoding: Histogram
+    waiting: int
+    memory_claimed: int
 
 
 class Task:
@@ -230,14 +268,23 @@ class Task:
 class Tasks:
     """The tasks of a worker. Each ends when all its partitions were asked for, or when it has been idle for a while."""
 
-    def __init__(self, idle_time: float) -> None:
+    def __init__(self, idle_time: float, admission: Admission, *, max_streams: int) -> None:
         """
         Args:
             idle_time: seconds after which a task that nobody uses is forgotten.
+            admission: says which tasks run at the same time.
+            max_streams: how many partitions are executed and read at the same time.
         """
         self._idle_time = idle_time
+        self._admission = admission
+        self._max_streams = max_streams
+        self._places_taken = 0
+        self._watchdog = Watchdog(admission.memory)
+        self._watching: asyncio.Future[None] | None = None
         self._closed = False
         self._entries: dict[Hashable, _Entry] = {}
+        self._idle: dict[_Entry, asyncio.TimerHandle] = {}
+        self._idle_bytes = 0
         self._background: set[asyncio.Future[Any]] = set()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="worker-plan")
         self._read_threads = ReadThreads()
@@ -249,11 +296,13 @@ class Tasks:
     def statistics(self) -> TaskStatistics:
         """What is held now and was done so far; from any thread."""
         return TaskStatistics(
-            len(self._entries),
-            len(self._streams),
-            self._plans_decoded,
-            self._partitions_executed,
-            self._decoding.histogram(),
+            tasks=len(self._entries),
+            streams=len(self._streams),
+            plans_decoded=self._plans_decoded,
+            partitions_executed=self._partitions_executed,
+            decoding=self._decoding.histogram(),
+            waiting=self._admission.waiting,
+            memory_claimed=self._admission.claimed,
         )
 
     def knows(self, ticket: PlanTicket, principal: str) -> bool:
@@ -268,30 +317,32 @@ class Tasks:
         principal: str,
         session: SessionContext,
         *,
+        memory: int | None,
         python_udf_inlining: bool,
         rewrite: Rewrite | None = None,
     ) -> AsyncIterator[Task]:
         """The task of a ticket, found or made, for as long as the block lasts.
 
         It is made once, however many ask at the same time, in the session of the one who came first; the sessions of
-        the others are not used. A ticket without a stage key has a task of its own.
+        the others are not used. A ticket without a stage key has a task of its own. While requests are at it, it holds
+        its memory; it waits for that before its plan is decoded, and again after it has been idle.
 
         Args:
             ticket: what is asked for.
             principal: who asks.
             session: what the plan is decoded in, if the task is to be made.
+            memory: bytes of the session's memory pool; None if it has no limit.
             python_udf_inlining: whether Python functions that come inside the plan are unpickled.
             rewrite: is called for plans that have nodes which only a codec knows.
 
         Raises:
             StageKeyConflict: the stage key stands for another plan.
+            WorkerBusy: there is no place for the task.
             InvalidPlan, EnginePanicked: the plan does not decode; nothing is kept, the next to ask tries anew.
         """
-        entry = self._enter(ticket, principal, session, python_udf_inlining, rewrite)
-        try:
-            yield await asyncio.shield(entry.making)
-        finally:
-            self._leave(entry)
+        make = partial(self._make, session, ticket.plan, python_udf_inlining, rewrite)
+        with self._entered(ticket, principal, memory, make) as entry:
+            yield await self._task_of(entry)
 
     @asynccontextmanager
     async def partition(
@@ -300,6 +351,7 @@ class Tasks:
         principal: str,
         session: SessionContext,
         *,
+        memory: int | None,
         python_udf_inlining: bool,
         rewrite: Rewrite | None = None,
     ) -> AsyncIterator[tuple[Task, PartitionStream]]:
@@ -309,19 +361,79 @@ class Tasks:
             PartitionOutOfRange: the plan has no such partition.
             ExecutionFailed, EnginePanicked: DataFusion failed.
             StageKeyConflict, InvalidPlan: as ``task``.
+            WorkerBusy: there is no place for the task, or for one more stream.
             WorkerError: the plan's input is not to be had.
         """
-        entry = self._enter(ticket, principal, session, python_udf_inlining, rewrite)
-        try:
+        make = partial(self._make, session, ticket.plan, python_udf_inlining, rewrite)
+        with self._entered(ticket, principal, memory, make) as entry:
             try:
-                task = await asyncio.shield(entry.making)
+                task = await self._task_of(entry)
             except asyncio.CancelledError:
-                self.in_background(self._give_up(entry, ticket.partition))
+                self._give_up(entry, ticket.partition)
                 raise
-            with self.open(await task.execute(ticket.partition, alone=ticket.stage_key is None)) as stream:
+            with (
+                self.places(1),
+                self.open(await task.execute(ticket.partition, alone=ticket.stage_key is None)) as stream,
+            ):
                 yield task, stream
+
+    def demand(
+        self, principal: str, key: StageKey | None, plan_bytes: bytes, memory: int | None, age: int | None
+    ) -> Demand:
+        """What a task needs to be admitted.
+
+        Args:
+            principal: who asks.
+            key: which task of which query it is; without one, it is of none.
+            plan_bytes: its plan.
+            memory: bytes of its pool; None for one without a limit, which then runs alone.
+            age: when its query began, the less the longer ago, if tasks on other workers depend on it.
+
+        Raises:
+            InvalidPlan: the plan is none.
+        """
+        if len(plan_bytes) <= SMALL_PLAN and _is_streaming(plan_bytes):
+            return Demand(principal, object(), 0, len(plan_bytes))
+        if key is None:
+            return Demand(principal, object(), self._pool(memory), len(plan_bytes))
+        return Demand(
+            principal,
+            (principal, key.query_id),
+            self._pool(memory),
+            len(plan_bytes),
+            None if age is None else (age, key.query_id.int),
+        )
+
+    def _pool(self, memory: int | None) -> int:
+        return self._admission.memory if memory is None else memory
+
+    async def admit(self, demand: Demand) -> Claim:
+        """The place of a task, waited for if need be, while memory is watched.
+
+        Raises:
+            WorkerBusy: there is none.
+        """
+        claim = await self._admission.admit(demand)
+        self._watch()
+        return claim
+
+    @contextmanager
+    def places(self, count: int) -> Iterator[None]:
+        """So many partitions are executed and read while the block lasts.
+
+        Raises:
+            WorkerBusy: that would be too many.
+        """
+        if self._places_taken + count > self._max_streams:
+            raise WorkerBusy(
+                f"the worker is busy: {self._places_taken} partitions are being read, and {count} more would be over "
+                f"max_streams ({self._max_streams}): try again later"
+            )
+        self._places_taken += count
+        try:
+            yield
         finally:
-            self._leave(entry)
+            self._places_taken -= count
 
     @contextmanager
     def open(self, stream: PartitionStream) -> Iterator[PartitionStream]:
@@ -413,23 +525,29 @@ class Tasks:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._read_threads.close()
 
-    def _enter(
-        self,
-        ticket: PlanTicket,
-        principal: str,
-        session: SessionContext,
-        python_udf_inlining: bool,
-        rewrite: Rewrite | None,
+    @contextmanager
+    def _entered(
+        self, ticket: PlanTicket, principal: str, memory: int | None, make: Callable[[], asyncio.Future[Task]]
+    ) -> "Iterator[_Entry]":
+        """The entry of a ticket, which the running request uses for as long as the block lasts."""
+        entry, request = self._entry(ticket, principal, memory, make), this_request()
+        self._enter(entry, request)
+        try:
+            yield entry
+        finally:
+            self._leave(entry, request)
+
+    def _entry(
+        self, ticket: PlanTicket, principal: str, memory: int | None, make: Callable[[], asyncio.Future[Task]]
     ) -> "_Entry":
         if self._closed:
             raise Unavailable("the worker was closed")
         key: Hashable = object() if ticket.stage_key is None else (principal, ticket.stage_key)
         entry = self._entries.get(key)
         if entry is None:
-            making = self._make(session, ticket.plan, python_udf_inlining, rewrite)
-            entry = self._entries[key] = _Entry(key, ticket, making)
-            if not making.done():
-                making.add_done_callback(lambda _: self._forget_if_failed(entry))
+            age = None if ticket.task_count == 0 else LAST_AGE
+            demand = self.demand(principal, ticket.stage_key, ticket.plan, memory, age)
+            entry = self._entries[key] = _Entry(key, ticket, demand, make)
         elif entry.ticket.plan != ticket.plan:
             raise StageKeyConflict(f"stage key {ticket.stage_key} already stands for another plan: make a new key")
         elif (entry.ticket.task_index, entry.ticket.task_count) != (ticket.task_index, ticket.task_count):
@@ -437,24 +555,113 @@ class Tasks:
                 f"stage key {ticket.stage_key} already stands for task {entry.ticket.task_index} of "
                 f"{entry.ticket.task_count}, this is {ticket.task_index} of {ticket.task_count}: make a new key"
             )
-        entry.enter()
         return entry
 
-    def _leave(self, entry: "_Entry") -> None:
-        entry.users -= 1
-        if entry.users:
-            return
-        if entry.ended:
-            self._forget(entry)
-        elif self._entries.get(entry.key) is entry:
-            entry.idling = asyncio.get_running_loop().call_later(self._idle_time, self._forget, entry)
+    async def _task_of(self, entry: "_Entry") -> Task:
+        """The entry's task, made once it has its place."""
+        if entry.claim is None:
+            await self._admit(entry)
+        return await asyncio.shield(self._start(entry))
 
-    async def _give_up(self, entry: "_Entry", partition: int) -> None:
-        entry.enter()
-        await asyncio.wait([entry.making])
-        if task := entry.task:
-            task.give_up(partition)
-        self._leave(entry)
+    async def _admit(self, entry: "_Entry") -> None:
+        """Gets the entry its place, which all who need it wait for together."""
+        if entry.admitting is None:
+            if claim := self._admission.try_admit(entry.demand):
+                self._hold(entry, claim)
+                return
+            entry.admitting = self.in_background(self._wait(entry))
+        await asyncio.shield(entry.admitting)
+
+    async def _wait(self, entry: "_Entry") -> None:
+        this = this_request()
+        try:
+            claim = await self._admission.admit(entry.demand)
+        finally:
+            if entry.admitting is this:
+                entry.admitting = None
+        self._hold(entry, claim)
+
+    def _hold(self, entry: "_Entry", claim: Claim) -> None:
+        claim.end = partial(self._end, entry)
+        entry.claim = claim
+        self._watch()
+
+    def _start(self, entry: "_Entry") -> asyncio.Future[Task]:
+        """The task, or one in the making; the first who comes here, with the place there is, has it made."""
+        making = entry.making
+        if making is None:
+            making = entry.making = entry.make()
+            # It holds the session.
+            entry.make = _made_already
+            if not making.done():
+                making.add_done_callback(lambda _: self._made(entry))
+            for partition in entry.given_up:
+                self._give_up(entry, partition)
+        return making
+
+    def _made(self, entry: "_Entry") -> None:
+        if entry.task is None:
+            self._forget(entry)
+        # It may be that all who wanted it have gone.
+        self._settle(entry)
+
+    def _watch(self) -> None:
+        if self._watching is None or self._watching.done():
+            self._watching = self.in_background(self._watchdog.watch(self._admission.claims))
+
+    def _end(self, entry: "_Entry", error: WorkerError) -> None:
+        """Ends a task and all requests that are at it."""
+        self._forget(entry)
+        for request in list(entry.requests):
+            end(request, error)
+
+    def _enter(self, entry: "_Entry", request: asyncio.Task[Any]) -> None:
+        entry.requests.add(request)
+        self._stop_idling(entry)
+
+    def _leave(self, entry: "_Entry", request: asyncio.Task[Any]) -> None:
+        entry.requests.discard(request)
+        self._settle(entry)
+
+    def _settle(self, entry: "_Entry") -> None:
+        """Gives back the place of an entry that nobody uses, and has it idle or forgets it."""
+        if entry.is_in_use:
+            return
+        if entry.admitting is not None:
+            entry.admitting.cancel()
+            entry.admitting = None
+        if entry.claim is not None:
+            entry.claim.release()
+            entry.claim = None
+        if entry.task is None or entry.ended or self._entries.get(entry.key) is not entry:
+            self._forget(entry)
+        elif entry not in self._idle:
+            self._idle[entry] = asyncio.get_running_loop().call_later(self._idle_time, self._forget, entry)
+            self._idle_bytes += len(entry.ticket.plan)
+            while len(self._idle) > IDLE_TASKS or self._idle_bytes > self._admission.memory // IDLE_PART:
+                self._forget(next(iter(self._idle)))
+
+    def _stop_idling(self, entry: "_Entry") -> None:
+        if timer := self._idle.pop(entry, None):
+            timer.cancel()
+            self._idle_bytes -= len(entry.ticket.plan)
+
+    def _give_up(self, entry: "_Entry", partition: int) -> None:
+        """Says that a caller went away before the partition was executed."""
+        if entry.making is None:
+            entry.given_up.add(partition)
+        else:
+            self.in_background(self._give_up_made(entry, entry.making, partition))
+
+    async def _give_up_made(self, entry: "_Entry", making: asyncio.Future[Task], partition: int) -> None:
+        this = this_request()
+        self._enter(entry, this)
+        try:
+            await asyncio.wait([making])
+            if task := entry.task:
+                task.give_up(partition)
+        finally:
+            self._leave(entry, this)
 
     def _make(
         self, session: SessionContext, plan_bytes: bytes, python_udf_inlining: bool, rewrite: Rewrite | None
@@ -474,46 +681,48 @@ class Tasks:
         return self.in_background(make())
 
     def _forget(self, entry: "_Entry") -> None:
+        """Lets nobody find it any more, and ends it if nobody uses it."""
         if self._entries.get(entry.key) is entry:
             del self._entries[entry.key]
-            if (task := entry.task) is not None and task.input is not None and not self._closed:
-                self.in_background(task.close())
-        entry.stop_idling()
-
-    def _forget_if_failed(self, entry: "_Entry") -> None:
-        if entry.task is None:
-            self._forget(entry)
+        self._stop_idling(entry)
+        task = entry.task
+        if task is not None and task.input is not None and not entry.is_in_use and not self._closed:
+            self.in_background(task.close())
 
 
 @dataclass(eq=False)
 class _Entry:
-    """What a key stands for: a task, or one in the making, and how many use it."""
+    """What a key stands for: a task, one in the making, or one that waits for its place; and who uses it."""
 
     key: Hashable
     ticket: PlanTicket
-    making: asyncio.Future[Task]
-    users: int = 0
-    idling: asyncio.TimerHandle | None = None
+    demand: Demand
+    make: Callable[[], asyncio.Future[Task]]
+    making: asyncio.Future[Task] | None = None
+    requests: set[asyncio.Task[Any]] = field(default_factory=set)
+    claim: Claim | None = None
+    admitting: asyncio.Future[None] | None = None
+    given_up: set[int] = field(default_factory=set)
+    """Partitions whose callers went away before it was made."""
 
     @property
     def task(self) -> Task | None:
-        """The task, None while it is in the making and when that failed."""
-        if not self.making.done() or self.making.cancelled() or self.making.exception() is not None:
+        """The task, None until it is made and when that failed."""
+        if self.making is None or not self.making.done() or _has_failed(self.making):
             return None
         return self.making.result()
+
+    @property
+    def is_in_use(self) -> bool:
+        return bool(self.requests) or (self.making is not None and not self.making.done())
 
     @property
     def ended(self) -> bool:
         return self.ticket.stage_key is None or (self.task is not None and self.task.ended)
 
-    def enter(self) -> None:
-        self.users += 1
-        self.stop_idling()
 
-    def stop_idling(self) -> None:
-        if self.idling is not None:
-            self.idling.cancel()
-            self.idling = None
+def _made_already() -> asyncio.Future[Task]:
+    raise RuntimeError("a task is made once")
 
 
 def _prepare(
@@ -531,6 +740,10 @@ def _prepare(
         return Decoded(without_rows, without_rows, plan.decode(session, without_rows)), plan_input
     is_changed = parsed.is_old or plan_input is not None
     return _decode(session, parsed.message, None if is_changed else plan_bytes), plan_input
+
+
+def _is_streaming(plan_bytes: bytes) -> bool:
+    return all(plan_proto.kind(node) in STREAMING_NODES for node in plan_proto.nodes(plan_proto.parse(plan_bytes)))
 
 
 def _decode(session: SessionContext, message: PlanMessage, plan_bytes: bytes | None = None) -> Decoded:

@@ -88,7 +88,8 @@ class FlightInput:
         # There was an attempt, whose input came in vain: whoever waited for it went away.
         if self._store is not None:
             await self._store.close()
-        self._store = store = Store(self._exchange.folder.new(), self._session)
+        folder = self._exchange.folder
+        self._store = store = Store(folder.new(), self._session, folder)
         try:
             await together(
                 self._fetch_leaf(leaf, store, str(number)) for number, leaf in enumerate(self.rewritten.leaves)

@@ -9,6 +9,8 @@ import uuid
 from pathlib import Path
 from threading import Lock
 
+from worker.errors import ResourcesExhausted
+
 PREFIX = "worker-exchange-"
 LOCK = "lock"
 
@@ -19,11 +21,14 @@ class ExchangeFolder:
     Those of workers that were killed are deleted then: nobody holds their locks.
     """
 
-    def __init__(self, parent: Path | None) -> None:
+    def __init__(self, parent: Path | None, limit: int | None = None) -> None:
         """
         Args:
             parent: where it is to be; the system's temporary folder if None.
+            limit: how many bytes may be in it; None for as many as there is room for.
         """
+        self._limit = limit
+        self._used = 0
         self._parent = Path(parent or tempfile.gettempdir())
         self._folder: Path | None = None
         self._making = Lock()
@@ -41,6 +46,19 @@ class ExchangeFolder:
                 self._delete_abandoned()
                 self._folder, self._lock = self._make()
             return self._folder / uuid.uuid4().hex
+
+    def take(self, size: int) -> None:
+        """Counts what is written, to be given back when it is deleted, with a negative size.
+
+        Raises:
+            ResourcesExhausted: it is more than there may be. It is counted all the same.
+        """
+        self._used += size
+        if self._limit is not None and size > 0 and self._used > self._limit:
+            raise ResourcesExhausted(
+                f"{self._used} bytes of other workers' rows are on this worker's disk, of which max_spill allows "
+                f"{self._limit}"
+            )
 
     def close(self) -> None:
         """Deletes it. Blocks."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from datafusion import SessionContext
 from datafusion.object_store import LocalFileSystem
 
+from worker.cluster.folder import ExchangeFolder
 from worker.cluster.received import INLINE, Received
 from worker.message import Bytes
 from worker.plan_proto import Message as PlanMessage
@@ -19,13 +20,16 @@ from worker.tasks import Tasks
 class Store:
     """A folder for the files of a task, which its session alone reads."""
 
-    def __init__(self, folder: Path, session: SessionContext) -> None:
+    def __init__(self, folder: Path, session: SessionContext, exchange: ExchangeFolder) -> None:
         """
         Args:
             folder: made when it is first needed.
             session: the task's.
+            exchange: the folder that it is in.
         """
         self.folder = folder
+        self._exchange = exchange
+        self._size = 0
         self.url = f"{EXCHANGE}{folder.name}/"
         self._session = session
         self._is_registered = False
@@ -37,6 +41,15 @@ class Store:
         self._writing.add(writing)
         writing.add_done_callback(self._writing.discard)
         await asyncio.shield(writing)
+
+    def take(self, size: int) -> None:
+        """Counts what was written.
+
+        Raises:
+            ResourcesExhausted: as ``ExchangeFolder.take``.
+        """
+        self._size += size
+        self._exchange.take(size)
 
     def register(self) -> None:
         """Lets the session read it, once it is there."""
@@ -53,6 +66,8 @@ class Store:
         del self._session
         if self.folder.exists():
             await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)
+        self._exchange.take(-self._size)
+        self._size = 0
 
 
 class Intake:
@@ -82,7 +97,7 @@ class Intake:
         while self._received.held > self._held_bytes:
             async with self._writing:
                 if self._received.held > self._held_bytes:
-                    await self._store.write(self._tasks, self._received.flush)
+                    await self._write(self._received.flush)
 
     @property
     def held(self) -> int:
@@ -98,9 +113,14 @@ class Intake:
         to_files = partitioning is not None
         finish = partial(self._received.finish, to_files=to_files)
         if self._received.held > INLINE or to_files or self._received.is_in_files:
-            await self._store.write(self._tasks, finish)
+            await self._write(finish)
         else:
             finish()
         if self._received.is_in_files:
             self._store.register()
         return self._received.scan(self._store.url, partitioning)
+
+    async def _write(self, write: Callable[[], None]) -> None:
+        before = self._received.written
+        await self._store.write(self._tasks, write)
+        self._store.take(self._received.written - before)

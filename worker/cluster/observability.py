@@ -4,7 +4,7 @@ from typing import Any
 
 import grpc
 
-from worker.cluster.process import CpuUsage, resident_bytes
+from worker.cluster.process import CpuUsage
 from worker.cluster.service import ClusterServicer
 from worker.config import Settings
 from worker.policy import PlanPolicyLike
@@ -12,6 +12,7 @@ from worker.proto import observability_pb2, observability_pb2_grpc
 from worker.requests import Request
 from worker.servicer import Context
 from worker.session import SessionBuilderLike
+from worker.watchdog import resident_bytes
 
 SERVICE: str = observability_pb2.DESCRIPTOR.services_by_name["ObservabilityService"].full_name
 

@@ -9,14 +9,6 @@ from pathlib import Path
 MIN_SECONDS = 0.1
 
 
-def resident_bytes() -> int:
-    """The memory of this process that is resident; 0 where there is no ``/proc``."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
-
-
 class CpuUsage:
     """The share of the processors that this process has used since it was last asked for."""
 

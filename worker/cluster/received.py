@@ -80,6 +80,8 @@ class Received:
         self._lock = Lock()
         self.held = 0
         """Bytes in memory that ``flush`` would write."""
+        self.written = 0
+        """Bytes in files."""
 
     def add(self, partition: int, source: int, header: Part, body: Sequence[Part]) -> None:
         """Takes a message, and keeps the body's parts as they are.
@@ -131,7 +133,8 @@ class Received:
             if parts:
                 file.write(self._folder, parts)
                 with self._lock:
-                    self.held -= sum(map(len, parts))
+                    self.held -= (size := sum(map(len, parts)))
+                    self.written += size
 
     def finish(self, *, to_files: bool = False) -> None:
         """Makes it ready to be scanned, once, after the last message; blocks where there are files to be written.

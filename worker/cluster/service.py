@@ -3,8 +3,9 @@
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self
 
 import grpc
@@ -15,6 +16,7 @@ from worker import flight_data, plan
 from worker.cluster.channels import Channels
 from worker.cluster.fetch import Source
 from worker.cluster.folder import ExchangeFolder
+from worker.cluster.intake import Store
 from worker.cluster.members import Members
 from worker.cluster.nodes import Head, Place, check_head
 from worker.cluster.rewrite import Rewritten, rewrite
@@ -22,11 +24,13 @@ from worker.cluster.settings import ClusterSettings, passed_on
 from worker.cluster.task import ClusterTask, Orders
 from worker.cluster.tasks import ClusterTasks
 from worker.config import Settings
+from worker.ending import end, this_request
 from worker.errors import FailedPrecondition, InvalidPlan, InvalidRequest
 from worker.message import Message
 from worker.plan_proto import Message as PlanMessage
 from worker.policy import PlanPolicyLike
 from worker.proto import worker_pb2, worker_pb2_grpc
+from worker.requests import Request
 from worker.servicer import Context, Servicer, Statistics
 from worker.session import SessionBuilderLike
 from worker.tasks import SMALL_PLAN
@@ -52,7 +56,7 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
         certificates = Certificates.of(self._settings)
         if certificates and self._settings.tls_client_ca:
             self._channels.credentials = certificates.channel_credentials
-        self._folder = ExchangeFolder(self._settings.spill_folder)
+        self._folder = ExchangeFolder(self._settings.spill_folder, self._settings.max_spill)
         self._cluster_tasks = ClusterTasks()
         self._members = Members()
 
@@ -87,7 +91,8 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
         self, request_iterator: AsyncIterator[Any], context: Context
     ) -> None:
         """A task's life: from its plan until the coordinator says that the query has ended."""
-        async with self._answering(context, "CoordinatorChannel") as answered:
+        # The place in memory is given back after the task has ended.
+        async with self._answering(context, "CoordinatorChannel") as answered, AsyncExitStack() as held:
             request = await _set_plan_request(request_iterator)
             key = _stage_key(request.task_key)
             query = self._query_context(
@@ -108,6 +113,11 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
                         f"{len(request.work_unit_feed_declarations)} nodes of the plan are fed with work units, "
                         "which this worker has no nodes for: run such plans on workers written in Rust"
                     )
+                demand = self._tasks.demand(
+                    query.principal, key, request.plan_proto, query.builder.memory_limit, request.query_start_time_ns
+                )
+                claim = held.enter_context(await self._tasks.admit(demand))
+                claim.end = partial(end, this_request())
                 place = Place(query.task_index, query.task_count)
                 rewritten = await self._tasks.in_thread_if(
                     len(request.plan_proto) > SMALL_PLAN,
@@ -129,7 +139,8 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
                     passed_on(query.headers),
                 )
                 folder = await self._tasks.in_thread_if(not self._folder.is_made, self._folder.new)
-                return query.principal, ClusterTask(orders, self._tasks, session, rewritten, source, folder)
+                store = Store(folder, session, self._folder)
+                return query.principal, ClusterTask(orders, self._tasks, session, rewritten, source, store)
 
             async with self._cluster_tasks.task(key, make) as task:
                 async for load in task.load_infos():
@@ -146,7 +157,10 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
         self, request: worker_pb2.ExecuteTaskRequest, context: Context
     ) -> AsyncIterator[worker_pb2.FlightData]:
         """The record batches of a range of a task's partitions, interleaved."""
-        async with aclosing(self._execute(request, context)) as output:
+        async with (
+            self._answering(context, "ExecuteTask") as answered,
+            aclosing(self._execute(request, context, answered)) as output,
+        ):
             async for partition, (header, body) in output:
                 yield worker_pb2.FlightData(
                     data_header=header, data_body=b"".join(body), app_metadata=_app_metadata(partition)
@@ -154,7 +168,10 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
 
     async def _execute_bytes(self, request: worker_pb2.ExecuteTaskRequest, context: Context) -> None:
         """``ExecuteTask`` for a handler without serializer: writes messages that are serialized already."""
-        async with aclosing(self._execute(request, context)) as output:
+        async with (
+            self._answering(context, "ExecuteTask") as answered,
+            aclosing(self._execute(request, context, answered)) as output,
+        ):
             async for partition, message in output:
                 try:
                     await context.write(flight_data.serialize(message, _app_metadata(partition)))
@@ -163,27 +180,26 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
                     return
 
     async def _execute(
-        self, request: worker_pb2.ExecuteTaskRequest, context: Context
+        self, request: worker_pb2.ExecuteTaskRequest, context: Context, answered: Request
     ) -> AsyncGenerator[tuple[int, Message], None]:
         """A request's life."""
-        async with self._answering(context, "ExecuteTask") as answered:
-            key, head = _stage_key(request.task_key), _head(request)
-            answered.partitions = partitions = range(request.target_partition_start, request.target_partition_end)
-            query = self._query_context(answered, context, task_index=key.task_number, task_count=0, stage_key=key)
-            await self._session_builder.admit(query)
-            # A certificate says which worker reads, and not for whom.
-            is_known = "authorization" in query.headers
-            task = await self._cluster_tasks.find(key, query.principal if is_known else None)
-            schemas: dict[int, Message] = {}
-            async with aclosing(task.output(partitions, head, task.orders.settings.compression)) as output:
-                async for partition, message in output:
-                    schemas.setdefault(partition, message)
-                    yield partition, self._requests.sent(answered, message)
-            for partition in partitions:
-                if partition not in schemas:
-                    schema = next(iter(schemas.values()), None) or await task.schema()
-                    schemas[partition] = schema
-                    yield partition, self._requests.sent(answered, schema)
+        key, head = _stage_key(request.task_key), _head(request)
+        answered.partitions = partitions = range(request.target_partition_start, request.target_partition_end)
+        query = self._query_context(answered, context, task_index=key.task_number, task_count=0, stage_key=key)
+        await self._session_builder.admit(query)
+        # A certificate says which worker reads, and not for whom.
+        is_known = "authorization" in query.headers
+        task = await self._cluster_tasks.find(key, query.principal if is_known else None)
+        schemas: dict[int, Message] = {}
+        async with aclosing(task.output(partitions, head, task.orders.settings.compression)) as output:
+            async for partition, message in output:
+                schemas.setdefault(partition, message)
+                yield partition, self._requests.sent(answered, message)
+        for partition in partitions:
+            if partition not in schemas:
+                schema = next(iter(schemas.values()), None) or await task.schema()
+                schemas[partition] = schema
+                yield partition, self._requests.sent(answered, schema)
 
     def _own_output(self, principal: str) -> Any:
         async def output(key: StageKey, partitions: range, head: Head) -> AsyncGenerator[tuple[int, Message], None]:

@@ -5,7 +5,6 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from datafusion import ExecutionPlan, SessionContext
@@ -22,7 +21,7 @@ from worker.cluster.rewrite import Origin, Origins, Rewritten, executed, with_he
 from worker.cluster.settings import ClusterSettings
 from worker.config import MEBIBYTE, Compression
 from worker.encode import Encoder
-from worker.errors import FailedPrecondition, PartitionOutOfRange, QueryEnded, Unavailable
+from worker.errors import FailedPrecondition, PartitionOutOfRange, QueryEnded, Unavailable, WorkerError
 from worker.message import Message
 from worker.proto import worker_pb2
 from worker.session import is_cancellation
@@ -54,7 +53,7 @@ class ClusterTask:
     """Fetches its input from when it is made, and is executed when its output is first asked for."""
 
     def __init__(
-        self, orders: Orders, tasks: Tasks, session: SessionContext, rewritten: Rewritten, source: Source, folder: Path
+        self, orders: Orders, tasks: Tasks, session: SessionContext, rewritten: Rewritten, source: Source, store: Store
     ) -> None:
         """
         Args:
@@ -63,14 +62,14 @@ class ClusterTask:
             session: what the plan is decoded and executed in, by this task alone.
             rewritten: the plan.
             source: how other tasks are read.
-            folder: for input that is kept in files; made and deleted by the task, with a name that no other has.
+            store: for input that is kept in files; closed by the task.
         """
         self.orders = orders
         self._tasks = tasks
         self._session = session
         self._rewritten = rewritten
         self._source = source
-        self._store = Store(folder, session)
+        self._store = store
         self._added = time.time_ns()
         self._executed_at: int | None = None
         self._figures = {leaf: NetworkFigures() for leaf in rewritten.leaves}
@@ -79,6 +78,7 @@ class ClusterTask:
         self._asked: set[int] = set()
         self._head: Head | None = None
         self._closed = False
+        self._end: WorkerError = QueryEnded("the coordinator ended the query")
         self._segments: list[tuple[ExecutionPlan, Origins]] = []
         self._replays: dict[int, Replay] = {}
         self._running: list[asyncio.Future[Any]] = []
@@ -126,7 +126,7 @@ class ClusterTask:
         except (asyncio.CancelledError, Unavailable) as error:
             if not self._closed or is_cancellation(error):
                 raise
-            raise QueryEnded("the coordinator ended the query") from None
+            raise self._ended() from None
 
     async def schema(self) -> Message:
         """The schema's message, of a task without rows.
@@ -136,7 +136,7 @@ class ClusterTask:
             WorkerError: as ``plan.schema_of``.
         """
         if self._closed:
-            raise QueryEnded("the coordinator ended the query")
+            raise self._ended()
         schema = await self._tasks.in_thread(plan.schema_of, self._session, self._plan_bytes)
         return Encoder(schema, MAX_MESSAGE_SIZE).schema()
 
@@ -170,9 +170,10 @@ class ClusterTask:
                     return found.output_rows
         return 0
 
-    async def close(self) -> None:
-        """Ends whatever goes on for the task, and deletes what is kept for it."""
+    async def close(self, error: WorkerError | None = None) -> None:
+        """Ends whatever goes on for the task, and deletes what is kept for it; who reads it is told of ``error``."""
         self._closed = True
+        self._end = error or self._end
         for running in self._running:
             running.cancel()
         for stream in self._streams:
@@ -256,10 +257,11 @@ class ClusterTask:
         def execute() -> list[Any]:
             return [self._session.execute(instance, partition) for partition in partitions]
 
+        opened.enter_context(self._tasks.places(len(partitions)))
         with plan.execution_errors():
             streams = await asyncio.shield(self._own(self._tasks.in_thread(execute)))
         if self._closed:
-            raise QueryEnded("the coordinator ended the query")
+            raise self._ended()
         return [self._open(stream, opened) for stream in streams]
 
     def _open(self, executed: Any, opened: ExitStack) -> PartitionStream:
@@ -299,17 +301,21 @@ class ClusterTask:
                 async for message in messages:
                     yield message
 
+    def _ended(self) -> WorkerError:
+        """What those are told who still read; anew, since errors keep the frames that they are raised in."""
+        return type(self._end)(str(self._end))
+
     async def _has(self, running: "asyncio.Future[T] | None") -> T:
         """What comes of something that the task does, which goes on if who waits for it goes away."""
         if running is None:
-            raise QueryEnded("the coordinator ended the query")
+            raise self._ended()
         try:
             result = await asyncio.shield(running)
         finally:
             # Its error has this frame in its traceback.
             del running
         if self._closed:
-            raise QueryEnded("the coordinator ended the query")
+            raise self._ended()
         return result
 
     def _own(self, work: "Coroutine[Any, Any, T] | asyncio.Future[T]") -> "asyncio.Future[T]":

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from worker.cluster.task import ClusterTask
+from worker.ending import ended_with, this_request
 from worker.errors import PlanNotSet, QueryEnded, StageKeyConflict, UpstreamFailed, WorkerError
 from worker.ticket import StageKey
 
@@ -19,7 +20,7 @@ FAILURE_SECONDS = 10.0
 @dataclass(eq=False)
 class _Entry:
     set: asyncio.Future[ClusterTask] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    is_taken: bool = False
+    taken: asyncio.Event = field(default_factory=asyncio.Event)
     principal: str | None = None
     has_failed: bool = False
     waiting: int = 0
@@ -33,7 +34,7 @@ class ClusterTasks:
 
     def __len__(self) -> int:
         # A copy, because metrics are read in another thread.
-        return sum(entry.is_taken and not entry.has_failed for entry in list(self._entries.values()))
+        return sum(entry.taken.is_set() and not entry.has_failed for entry in list(self._entries.values()))
 
     @asynccontextmanager
     async def task(
@@ -48,9 +49,9 @@ class ClusterTasks:
             WorkerError: what ``make`` raised; whoever waits for the task, or asks soon after, gets it too.
         """
         entry = self._entries.setdefault(key, _Entry())
-        if entry.is_taken:
+        if entry.taken.is_set():
             raise StageKeyConflict(f"task {key} has been set already")
-        entry.is_taken = True
+        entry.taken.set()
         try:
             entry.principal, task = await make()
         except BaseException as error:
@@ -58,7 +59,7 @@ class ClusterTasks:
             # Not the error itself: the session is in the frames that its traceback names.
             told: WorkerError = WorkerError("internal error: the worker's log says why")
             if isinstance(error, asyncio.CancelledError):
-                told = QueryEnded("the coordinator ended the query")
+                told = ended_with(this_request()) or QueryEnded("the coordinator ended the query")
             elif isinstance(error, WorkerError):
                 told = error
             entry.set.set_exception(UpstreamFailed(str(told), told.status))
@@ -71,7 +72,7 @@ class ClusterTasks:
             yield task
         finally:
             del self._entries[key]
-            await task.close()
+            await task.close(ended_with(this_request()))
 
     def of(self, principal: str) -> list[ClusterTask]:
         """The tasks of a principal that have their plans."""
@@ -92,12 +93,14 @@ class ClusterTasks:
         entry.waiting += 1
         try:
             async with asyncio.timeout(PLAN_SECONDS):
-                task = await asyncio.shield(entry.set)
+                await entry.taken.wait()
+            # It may wait for memory, and not for ever.
+            task = await asyncio.shield(entry.set)
         except TimeoutError:
             raise _not_set(key) from None
         finally:
             entry.waiting -= 1
-            if not entry.waiting and not entry.is_taken and self._entries.get(key) is entry:
+            if not entry.waiting and not entry.taken.is_set() and self._entries.get(key) is entry:
                 del self._entries[key]
         if principal is not None and entry.principal != principal:
             raise _not_set(key)
