@@ -123,6 +123,8 @@ class _StatisticsCollector(Collector):
             ("worker_requests_active", "Requests under way", now.requests),
             ("worker_streams", "Partitions being streamed", now.streams),
             ("worker_tasks", "Plans held, for streams under way and for partitions yet to be asked for", now.tasks),
+            ("worker_tasks_waiting", "Tasks that wait until there is memory for them", now.waiting),
+            ("worker_memory_claimed_bytes", "Memory pools of the tasks that run", now.memory_claimed),
         ):
             yield GaugeMetricFamily(name, text, number)
         for name, text, number in (
