@@ -17,7 +17,7 @@ from worker.admission import Admission, Claim, Demand
 from worker.durations import Durations, Histogram
 from worker.encode import Encoder
 from worker.ending import end, this_request
-from worker.errors import PartitionOutOfRange, StageKeyConflict, Unavailable, WorkerBusy, WorkerError
+from worker.errors import InvalidPlan, PartitionOutOfRange, StageKeyConflict, Unavailable, WorkerBusy, WorkerError
 from worker.message import Message
 from worker.partitionwise import counterparts, make_partitions_independent
 from worker.plan_proto import Message as PlanMessage
@@ -388,9 +388,6 @@ class Tasks:
             plan_bytes: its plan.
             memory: bytes of its pool; None for one without a limit, which then runs alone.
             age: when its query began, the less the longer ago, if tasks on other workers depend on it.
-
-        Raises:
-            InvalidPlan: the plan is none.
         """
         if len(plan_bytes) <= SMALL_PLAN and _is_streaming(plan_bytes):
             return Demand(principal, object(), 0, len(plan_bytes))
@@ -743,7 +740,12 @@ def _prepare(
 
 
 def _is_streaming(plan_bytes: bytes) -> bool:
-    return all(plan_proto.kind(node) in STREAMING_NODES for node in plan_proto.nodes(plan_proto.parse(plan_bytes)))
+    try:
+        message = plan_proto.parse(plan_bytes)
+    except InvalidPlan:
+        # Whoever is to decode it says so.
+        return False
+    return all(plan_proto.kind(node) in STREAMING_NODES for node in plan_proto.nodes(message))
 
 
 def _decode(session: SessionContext, message: PlanMessage, plan_bytes: bytes | None = None) -> Decoded:
