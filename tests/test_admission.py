@@ -1,7 +1,9 @@
 """Which tasks run, which wait, which are refused; and what ends those that take too long or too much."""
 
 import asyncio
+import gc
 import uuid
+import weakref
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -357,6 +359,28 @@ async def test_who_finds_no_place_is_told_to_try_again() -> None:
         assert (code, text[-15:]) == (EXHAUSTED, "try again later")
         await until(lambda: worker.worker.statistics().requests == 0)
         assert values(await fetch_one(worker, do_get(_pooled(3)))) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("max_waiting", [0, 9])
+async def test_nothing_is_kept_of_who_found_no_place(max_waiting: int) -> None:
+    sessions: list[weakref.ref[SessionContext]] = []
+
+    async def build(ctx: WorkerQueryContext) -> SessionContext:
+        session = ctx.builder.build()
+        sessions.append(weakref.ref(session))
+        return session
+
+    settings = Settings(max_tasks=1, max_waiting=max_waiting, max_wait=0.05)
+    async with running_worker(build, settings=settings) as worker, _running(worker):
+        gc.collect()
+        gc.disable()
+        try:
+            for key in (None, stage_key()):
+                code, _ = await status_of(worker, do_get(_pooled(3), key=key))
+                assert code is EXHAUSTED
+            await until(lambda: [session() is None for session in sessions] == [False, True, True])
+        finally:
+            gc.enable()
 
 
 async def test_callers_are_refused_by_their_builder_before_they_wait() -> None:

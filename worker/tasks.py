@@ -570,13 +570,12 @@ class Tasks:
         await asyncio.shield(entry.admitting)
 
     async def _wait(self, entry: "_Entry") -> None:
-        this = this_request()
         try:
-            claim = await self._admission.admit(entry.demand)
+            self._hold(entry, await self._admission.admit(entry.demand))
         finally:
-            if entry.admitting is this:
+            # Unless it is another already. In no variable: an error would be in a circle with this frame.
+            if entry.admitting is this_request():
                 entry.admitting = None
-        self._hold(entry, claim)
 
     def _hold(self, entry: "_Entry", claim: Claim) -> None:
         claim.end = partial(self._end, entry)
