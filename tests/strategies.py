@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 INLINE_BYTES = 12
@@ -243,3 +244,28 @@ def streams(draw: st.DrawFn) -> tuple[pa.Schema, list[pa.RecordBatch]]:
         start = draw(st.integers(0, length))
         batches.append(batch.slice(start, draw(st.integers(0, length - start))))
     return schema, batches
+
+
+def generated_streams(count: int) -> list[bytes]:
+    """Some streams as Arrow IPC: their arrays are no parts of others, which arrow-rs does not see as pyarrow does."""
+    found: list[bytes] = []
+
+    @seed(0)
+    @settings(
+        max_examples=count,
+        database=None,
+        phases=[Phase.generate],
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(streams())
+    def collect(stream: tuple[pa.Schema, list[pa.RecordBatch]]) -> None:
+        schema, batches = stream
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        found.append(sink.getvalue().to_pybytes())
+
+    collect()
+    return found

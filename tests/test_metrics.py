@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import grpc
 import pyarrow as pa
 import pytest
-from datafusion import SessionContext
+from datafusion import SessionContext, udf
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_prometheus
@@ -76,6 +76,13 @@ def rows(number: int) -> bytes:
     session = SessionContext()
     session.register_record_batches("t", [[pa.record_batch({"x": range(number)})]])
     return session.sql("SELECT x + 1 FROM t").execution_plan().to_bytes()
+
+
+def calls_an_unknown_function() -> bytes:
+    """A plan that does not decode in another session."""
+    session = SessionContext()
+    session.register_udf(udf(lambda column: column, [pa.int64()], pa.int64(), "immutable", "unknown_here"))
+    return session.sql("SELECT unknown_here(1)").execution_plan().to_bytes()
 
 
 def endless() -> bytes:
@@ -202,7 +209,7 @@ async def test_decoding_and_first_messages_are_timed() -> None:
             await fetch_one(running, do_get(rows(2), key=key))
         async with coordinated(running, plan_of([1])) as coordination:
             await coordination.read(range(1))
-        await status_of(running, do_get(b"no plan"))
+        await status_of(running, do_get(calls_an_unknown_function()))
         found = collected(running)
         # The second of the key is a retry, which has an instance of its own; what fails takes time too.
         assert found["worker_plan_decode_seconds_count", ""] == 4
