@@ -82,7 +82,7 @@ def calls_an_unknown_function() -> bytes:
     """A plan that does not decode in another session."""
     session = SessionContext()
     session.register_udf(udf(lambda column: column, [pa.int64()], pa.int64(), "immutable", "unknown_here"))
-    return session.sql("SELECT unknown_here(1)").execution_plan().to_bytes()
+    return session.sql("SELECT unknown_here(value) FROM range(3)").execution_plan().to_bytes()
 
 
 def endless() -> bytes:
