@@ -32,7 +32,7 @@ def print_queries(
     rows = []
     for clients in CLIENTS:
         done = [
-            tuple(_turn(plan, server, helpers, clients, seconds) for server in (worker, other)) for _ in range(rounds)
+            tuple(turn(plan, server, helpers, clients, seconds) for server in (worker, other)) for _ in range(rounds)
         ]
         sides = tuple(zip(*done, strict=True))
         ratio = median(ours.per_second / theirs.per_second for ours, theirs in done)
@@ -60,7 +60,7 @@ def _latency(turns: Iterable[Turn]) -> str:
     return f"{percentiles[49]:.2f} p99 {percentiles[98]:.2f}"
 
 
-def _turn(plan: bytes, server: Server, helpers: Sequence[Executor], clients: int, seconds: float) -> Turn:
+def turn(plan: bytes, server: Server, helpers: Sequence[Executor], clients: int, seconds: float) -> Turn:
     used = helpers[:clients]
     start = time.monotonic() + HEAD_START
     asking = [

@@ -55,8 +55,8 @@ def measure(case: Case, worker: Server, other: Server, helper: Executor, rounds:
         while len(done) <= rounds or time.monotonic() < start + seconds:
             done.append(
                 Round(
-                    _turn(case, worker, to_worker),
-                    _turn(case, other, to_other),
+                    turn(case, worker, to_worker),
+                    turn(case, other, to_other),
                     helper.submit(inprocess.read_seconds, case).result(),
                     helper.submit(inprocess.encode_seconds, case).result(),
                 )
@@ -142,7 +142,7 @@ def print_costs(found: list[Costs]) -> None:
     )
 
 
-def _turn(case: Case, server: Server, client: flight.FlightClient) -> Turn:
+def turn(case: Case, server: Server, client: flight.FlightClient) -> Turn:
     """All partitions at once, each in a thread."""
     tickets = [flight.Ticket(plan_ticket(case.plan, partition)) for partition in range(case.partitions)]
     with ThreadPoolExecutor(case.partitions) as threads:

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+WORKER = ("-m", "worker", "--port", "0", "--grace", "0", "--log-level", "error")
 COMMANDS = {
-    "worker": ("-m", "worker", "--port", "0", "--grace", "0", "--log-level", "error"),
+    # Its memory and its time are those of the one process.
+    "worker": (*WORKER, "--no-supervisor"),
     "pyarrow.flight": ("-m", "benchmarks.flight_server"),
 }
 STOP_SECONDS = 5
@@ -62,6 +64,13 @@ def helper() -> ProcessPoolExecutor:
 def running_worker() -> Iterator[Server]:
     """The worker alone. Call it from the main thread, as ``running_servers``."""
     with _running("worker", COMMANDS["worker"]) as server:
+        yield server
+
+
+@contextmanager
+def supervised_worker() -> Iterator[Server]:
+    """The worker as it is by default, whose process is its supervisor's."""
+    with _running("supervised worker", WORKER) as server:
         yield server
 
 

@@ -65,7 +65,7 @@ async def rust_worker() -> AsyncIterator[RunningMember]:
 @asynccontextmanager
 async def python_worker(*options: str) -> AsyncIterator[RunningMember]:
     """A worker of ours, started from the command line."""
-    command = ("-m", "worker", "--port", "0", "--grace", "0", "--log-level", "error", *options)
+    command = ("-m", "worker", "--no-supervisor", "--port", "0", "--grace", "0", "--log-level", "error", *options)
     async with listening(*command, folder=ROOT) as (process, url):
         yield RunningMember(process, url.replace("grpc://", "http://"))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import signal
 import sys
 import uuid
 from asyncio.subprocess import PIPE, Process
@@ -165,8 +166,14 @@ async def listening(*command: str, folder: Path | None = None) -> AsyncIterator[
         yield running, line.removeprefix("listening on ").strip()
     finally:
         if running.returncode is None:
+            # Two signals end a worker at once, and one of another program does.
+            running.send_signal(signal.SIGTERM)
+            running.send_signal(signal.SIGINT)
+        try:
+            await asyncio.wait_for(running.communicate(), 10)
+        except TimeoutError:
             running.kill()
-        await running.communicate()
+            await running.communicate()
 
 
 class Sum(Accumulator):

@@ -31,6 +31,8 @@ def _command_line(*arguments: str) -> Settings:
 DEFAULTS = {
     "host": "127.0.0.1",
     "port": 8000,
+    "supervisor": True,
+    "workers": 1,
     "session_builder": None,
     "location": None,
     "version": "",
@@ -77,6 +79,8 @@ def test_the_defaults_are_pinned(make: Callable[[], Settings]) -> None:
 VALUES = [
     ("host", "0.0.0.0", "0.0.0.0"),
     ("port", "0", 0),
+    ("supervisor", "false", False),
+    ("workers", "4", 4),
     ("session_builder", "my_module:build", "my_module:build"),
     ("location", "grpc+tls://worker-3:443", "grpc+tls://worker-3:443"),
     ("version", "2026-11-25", "2026-11-25"),
@@ -159,6 +163,7 @@ def test_code_and_command_line_go_before_the_environment(monkeypatch: pytest.Mon
         ("port", "65536"),
         ("port", "-1"),
         ("port", "http"),
+        ("workers", "0"),
         ("location", "worker-3:8000"),
         ("location", "http://worker-3:8000"),
         ("location", "grpc://"),

@@ -3,6 +3,8 @@
 import ast
 import inspect
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,6 +87,13 @@ def test_the_package_imports_nothing_above_the_service() -> None:
     assert max(LAYERS.index(_layer(name)) for name in _own("worker")) == LAYERS.index("service")
 
 
+def test_the_command_line_loads_nothing_that_only_workers_need() -> None:
+    """So that a supervisor starts at once, takes little memory, and does not end by what ends a worker."""
+    loads = "import sys, worker.cli; print({name.partition('.')[0] for name in sys.modules})"
+    printed = subprocess.run([sys.executable, "-c", loads], check=True, capture_output=True, text=True).stdout
+    assert not {"grpc", "pyarrow", "datafusion", "numpy"} & set(ast.literal_eval(printed))
+
+
 @pytest.mark.parametrize("name", CORE)
 def test_the_core_knows_neither_grpc_nor_flight(name: str) -> None:
     imported = list(_imports(f"worker.{name}"))
@@ -116,6 +125,7 @@ def test_the_exports_are_pinned() -> None:
         "PlanAccess",
         "PlanNotSet",
         "PlanPolicy",
+        "PlanQuarantined",
         "PlanTicket",
         "QueryEnded",
         "QuotaExceeded",

@@ -241,7 +241,7 @@ async def test_the_same_stage_key_of_another_principal_is_another_task(tables: S
 def worker_process() -> Iterator[tuple[psutil.Process, str]]:
     """A worker that has its memory for itself, and its URL."""
     with subprocess.Popen(
-        [sys.executable, "-m", "worker", "--port", "0"], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "worker", "--no-supervisor", "--port", "0"], stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         try:

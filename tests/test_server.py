@@ -194,6 +194,7 @@ async def test_health_and_reflection_are_served() -> None:
         (["--idle-time", "never"], "--idle-time (WORKER_IDLE_TIME)"),
         (["--location", "here"], "--location (WORKER_LOCATION)"),
         (["--no-such-option"], "unrecognized arguments: --no-such-option"),
+        (["--no-supervisor", "--workers", "2"], "--workers (WORKER_WORKERS): more than one takes the supervisor"),
     ],
 )
 async def test_what_is_wrong_with_an_option_is_said_before_the_port_opens(

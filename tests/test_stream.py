@@ -123,7 +123,7 @@ async def _processor_seconds(seconds: float) -> float:
 @pytest.mark.slow
 async def test_streams_that_nobody_reads_on_hold_no_more_than_is_said() -> None:
     plan, readers = _rows(1_000_000_000, 8192, column="value, value + 1.5 AS a, value + 2.5 AS b"), 32
-    async with listening("-m", "worker", "--port", "0", "--grace", "0") as (process, url):
+    async with listening("-m", "worker", "--no-supervisor", "--port", "0", "--grace", "0") as (process, url):
         server = psutil.Process(process.pid)
         # Without probes of the bandwidth: they make the windows grow, and the streams flow on, for up to a minute.
         fixed_window = [("grpc.http2.bdp_probe", 0)]

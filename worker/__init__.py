@@ -1,54 +1,60 @@
 """A worker for distributed DataFusion: executes physical plans that come in Arrow Flight tickets.
 
-Layers, each importing only from those before it: errors, message, ipc, allocator, interrupt, ending; headers, ticket,
-config, output, logs, durations; files, tls, auth; plan_proto, session, plan, policy, partitionwise; views,
-dictionaries, compact, compress, encode, decode, flight_data; stream; admission, watchdog, tasks; requests; servicer;
-cluster; service; server, metrics, client, testing, importer; the command lines.
+Layers, each importing only from those before it: errors, message, ipc, allocator, exit, interrupt, ending, ports,
+board, engine_threads, quarantine; headers, ticket, config, output, logs, durations; files, tls, auth; journal,
+supervised; plan_proto, session, plan, policy, partitionwise; views, dictionaries, compact, compress, encode, decode,
+flight_data; stream; admission, watchdog, tasks; requests; servicer; cluster; service; server, metrics, client, testing,
+importer; child, supervisor, collector; serving; the command lines.
 """
 
-from worker.allocator import keep_freed_memory
-from worker.auth import TokenAuth
-from worker.cluster.observability import add_ObservabilityServiceServicer_to_server
-from worker.cluster.service import add_WorkerServiceServicer_to_server
-from worker.config import Settings, UnfitSettings
-from worker.errors import (
-    DurationExceeded,
-    EnginePanicked,
-    ExecutionFailed,
-    FailedPrecondition,
-    InvalidHeader,
-    InvalidPlan,
-    InvalidRequest,
-    InvalidTicket,
-    MemoryExceeded,
-    NotFound,
-    PartitionOutOfRange,
-    PermissionDenied,
-    PlanNotSet,
-    QueryEnded,
-    QuotaExceeded,
-    ResourcesExhausted,
-    ResponseTooLarge,
-    SessionBuilderFailed,
-    StageKeyConflict,
-    Unauthenticated,
-    Unavailable,
-    UpstreamFailed,
-    WorkerBusy,
-    WorkerError,
-)
-from worker.headers import Headers
-from worker.policy import DefaultPolicy, PlanAccess, PlanPolicy, Touched
-from worker.service import Worker, add_FlightServiceServicer_to_server, server_options
-from worker.servicer import Statistics
-from worker.session import (
-    DefaultSessionBuilder,
-    SessionBuilder,
-    SessionStateBuilder,
-    WorkerQueryContext,
-    WorkerSessionBuilder,
-)
-from worker.ticket import PlanTicket, StageKey, plan_ticket
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from worker.allocator import keep_freed_memory
+    from worker.auth import TokenAuth
+    from worker.cluster.observability import add_ObservabilityServiceServicer_to_server
+    from worker.cluster.service import add_WorkerServiceServicer_to_server
+    from worker.config import Settings, UnfitSettings
+    from worker.errors import (
+        DurationExceeded,
+        EnginePanicked,
+        ExecutionFailed,
+        FailedPrecondition,
+        InvalidHeader,
+        InvalidPlan,
+        InvalidRequest,
+        InvalidTicket,
+        MemoryExceeded,
+        NotFound,
+        PartitionOutOfRange,
+        PermissionDenied,
+        PlanNotSet,
+        PlanQuarantined,
+        QueryEnded,
+        QuotaExceeded,
+        ResourcesExhausted,
+        ResponseTooLarge,
+        SessionBuilderFailed,
+        StageKeyConflict,
+        Unauthenticated,
+        Unavailable,
+        UpstreamFailed,
+        WorkerBusy,
+        WorkerError,
+    )
+    from worker.headers import Headers
+    from worker.policy import DefaultPolicy, PlanAccess, PlanPolicy, Touched
+    from worker.service import Worker, add_FlightServiceServicer_to_server, server_options
+    from worker.servicer import Statistics
+    from worker.session import (
+        DefaultSessionBuilder,
+        SessionBuilder,
+        SessionStateBuilder,
+        WorkerQueryContext,
+        WorkerSessionBuilder,
+    )
+    from worker.ticket import PlanTicket, StageKey, plan_ticket
 
 __all__ = [
     "DefaultPolicy",
@@ -69,6 +75,7 @@ __all__ = [
     "PlanAccess",
     "PlanNotSet",
     "PlanPolicy",
+    "PlanQuarantined",
     "PlanTicket",
     "QueryEnded",
     "QuotaExceeded",
@@ -99,3 +106,30 @@ __all__ = [
     "plan_ticket",
     "server_options",
 ]
+
+if not TYPE_CHECKING:
+    # Where these are, each before those that import it.
+    _HOMES = (
+        "allocator",
+        "config",
+        "errors",
+        "headers",
+        "ticket",
+        "auth",
+        "session",
+        "policy",
+        "servicer",
+        "service",
+        "cluster.service",
+        "cluster.observability",
+    )
+
+    def __getattr__(name):
+        """What is exported, imported when it is first asked for: a supervisor loads nothing that its workers need."""
+        if name in __all__:
+            for home in _HOMES:
+                module = import_module(f"worker.{home}")
+                if hasattr(module, name):
+                    globals()[name] = getattr(module, name)
+                    return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

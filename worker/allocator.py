@@ -1,8 +1,9 @@
-"""What the C library does with freed memory."""
+"""What becomes of freed memory, and the variables that DataFusion looks at when it is loaded."""
 
 import ctypes
 import os
 import sys
+from collections.abc import Mapping
 
 # Messages are freed as soon as they are sent, and the next is as large. glibc would give each back to the system, and
 # then wait for its pages to be zeroed again: that halves the throughput from half a megabyte a message on. The first is
@@ -10,9 +11,16 @@ import sys
 KEPT_BYTES = 64 << 20
 LARGEST_KEPT_BLOCK = 32 << 20
 
-# After which DataFusion gives back what it has freed.
-PURGE_MILLISECONDS = 200
-_PURGE_DELAY = "MIMALLOC_PURGE_DELAY"
+# After which DataFusion gives back what it has freed: its package has mimalloc inside. The default is 10 ms, and in a
+# cluster a seventh of all time went into zeroed pages.
+PURGE_DELAY = ("MIMALLOC_PURGE_DELAY", "200")
+
+# Where there is less, what is kept would be missed.
+PLENTY = 4 << 30
+
+# The stack of DataFusion's threads. Of 2 MiB, the default, a filter of 3,000 alternatives needs more, which ends the
+# process; what is not used costs nothing.
+THREAD_STACK = ("RUST_MIN_STACK", str(128 << 20))
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -34,12 +42,13 @@ def give_back_freed_memory() -> None:
         trim(0)
 
 
-def restart_keeping_engine_memory() -> None:
-    """Starts this program anew with the environment that DataFusion's allocator is to have, unless it has it.
+def engine_environment(memory: int) -> dict[str, str]:
+    """The variables that DataFusion is to find where there is so much memory: it looks at them when it is loaded."""
+    return dict((THREAD_STACK, PURGE_DELAY) if memory >= PLENTY else (THREAD_STACK,))
 
-    DataFusion's Python package has mimalloc inside, which looks at its variables when it is loaded. Its default is to
-    give freed memory back after 10 ms: in a cluster a seventh of all time went into zeroed pages.
-    """
-    if _PURGE_DELAY not in os.environ:
-        os.environ[_PURGE_DELAY] = str(PURGE_MILLISECONDS)
+
+def restart_with(variables: Mapping[str, str]) -> None:
+    """Starts this program anew with variables, unless it has them, or others of their names."""
+    if not variables.keys() <= os.environ.keys():
+        os.environ.update({**variables, **os.environ})
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606  # it is this very program

@@ -1,25 +1,22 @@
-"""``python -m worker``: settings from the command line, a server, and an orderly end."""
+"""``python -m worker``: settings from the command line, and a supervisor or a worker by them."""
 
 import argparse
 import asyncio
-import contextlib
 import logging
 import os
-import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn, get_origin
 
 from pydantic import ByteSize, ValidationError
 
-from worker import logs, metrics
-from worker.allocator import keep_freed_memory
-from worker.config import Settings, UnfitSettings
-from worker.importer import ImportFailed, load_session_builder
+from worker import collector, logs
+from worker.allocator import engine_environment, restart_with
+from worker.board import VARIABLE
+from worker.config import Settings, UnfitSettings, usable_memory
+from worker.exit import end
 from worker.logs import Event
-from worker.server import Server
-from worker.service import Worker
-from worker.session import SessionBuilder
+from worker.supervisor import Supervisor
 
 logger = logging.getLogger("worker")
 
@@ -27,21 +24,25 @@ PROGRAM = "python -m worker"
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Runs a worker until it is told to stop, and ends the process."""
+    """Runs workers, or one, until told to stop, and ends the process."""
     try:
         settings = Settings(**vars(_parser().parse_args(arguments)))
         logs.configure(settings)
-        for name in sorted(_unknown_variables()):
-            logger.warning("there is no setting for the variable %s", name)
-        builder = load_session_builder(settings.session_builder) if settings.session_builder else None
-        keep_freed_memory()
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_serve(settings, builder))
-            # Not after the runner's own end, which waits for whatever a session builder still hangs in.
-            end(0)
+        if VARIABLE not in os.environ:
+            for name in sorted(_unknown_variables()):
+                logger.warning("there is no setting for the variable %s", name)
+            if settings.supervisor:
+                _supervise(settings)
+            if settings.workers > 1:
+                fail("--workers (WORKER_WORKERS): more than one takes the supervisor")
+            restart_with(engine_environment(usable_memory()))
+        # Not before: it loads DataFusion, which a supervisor is better without.
+        from worker import serving
+
+        serving.run(settings, _announce)
     except ValidationError as error:
         fail("; ".join(f"{_names(problem['loc'])}: {problem['msg']}" for problem in error.errors()))
-    except (ImportFailed, UnfitSettings, OSError) as error:
+    except (UnfitSettings, OSError) as error:
         logger.debug("cannot start", exc_info=error)
         fail(str(error))
 
@@ -52,42 +53,21 @@ def fail(reason: str) -> NoReturn:
     end(2)
 
 
-def end(code: int) -> NoReturn:
-    """Ends the process without finalizing the interpreter, in which threads of DataFusion's runtime may crash it."""
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)
+def _announce(url: str) -> None:
+    print(f"listening on {url}", flush=True)
 
 
-async def _serve(settings: Settings, session_builder: SessionBuilder | None) -> None:
-    stopped = asyncio.Event()
-
-    def on_signal(number: int) -> None:
-        if stopped.is_set():
-            end(128 + number)
-        stopped.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
-    async with Worker(session_builder, settings=settings) as worker:
-        if settings.metrics_port is not None:
-            # It ends with the process, so that the last requests are told of too.
-            served = metrics.serve(worker, settings.host, settings.metrics_port)
-            logger.info(Event("metrics are served", host=settings.host, port=served.port))
-        async with Server(worker, settings) as server:
-            print(f"listening on {server.scheme}://{server.address}", flush=True)
-            await stopped.wait()
+def _supervise(settings: Settings) -> NoReturn:
+    supervisor = Supervisor(settings, _worker_command(), _announce)
+    if settings.metrics_port is not None:
+        port = collector.serve(supervisor, settings.host, settings.metrics_port)
+        logger.info(Event("metrics are served", host=settings.host, port=port))
+    end(asyncio.run(supervisor.run()))
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
+def _worker_command() -> list[str]:
+    """Starts this very program as a worker alone."""
+    return [sys.executable, *sys.orig_argv[1:], "--no-supervisor", "--workers", "1"]
 
 
 def _parser() -> argparse.ArgumentParser:

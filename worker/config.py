@@ -72,6 +72,17 @@ class Settings(BaseSettings):
 
     host: str = Field(default="127.0.0.1", description="the address to listen on; 0.0.0.0 for every IPv4 network")
     port: int = Field(default=8000, ge=0, le=65535, description="the port to listen on; 0 picks a free one")
+    supervisor: bool = Field(
+        default=True,
+        description="whether workers are processes of their own, each replaced when it dies or hangs; without, "
+        "this process is the worker",
+    )
+    workers: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="how many workers the supervisor has, on ports that follow each other; they share the memory",
+    )
     session_builder: str | None = Field(
         default=None,
         description="module:attr of the session builder; without it, every request has DataFusion's defaults",

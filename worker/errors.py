@@ -7,6 +7,7 @@
     │   ├── InvalidPlan          INVALID_ARGUMENT     a plan that does not decode in this session
     │   └── PartitionOutOfRange  INVALID_ARGUMENT     a partition that the plan does not have
     ├── StageKeyConflict         FAILED_PRECONDITION  a stage key that stands for another plan
+    ├── PlanQuarantined      FAILED_PRECONDITION  a plan that has ended the worker more than once
     ├── ResponseTooLarge         RESOURCE_EXHAUSTED   an answer beyond a limit of this worker
     ├── ResourcesExhausted       RESOURCE_EXHAUSTED   DataFusion ran out of its memory pool or disk
     ├── WorkerBusy               RESOURCE_EXHAUSTED   no place for the task or stream; a retry makes sense
@@ -61,6 +62,12 @@ class PartitionOutOfRange(InvalidRequest):
 
 class StageKeyConflict(WorkerError):
     """The stage key already stands for a task with another plan."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class PlanQuarantined(WorkerError):
+    """The plan has ended the worker more than once, and is refused for a while."""
 
     status = grpc.StatusCode.FAILED_PRECONDITION
 

@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from worker.config import UnfitSettings
 from worker.session import SessionBuilder
 
 
-class ImportFailed(Exception):
+class ImportFailed(UnfitSettings):
     """The session builder cannot be loaded; the text says what is wrong with the name, or with what it names."""
 
 

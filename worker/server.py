@@ -28,8 +28,13 @@ WATCH_SECONDS = 1.0
 class Server:
     """Serves a worker. The worker is not closed with it."""
 
-    def __init__(self, worker: Worker, settings: Settings) -> None:
+    def __init__(self, worker: Worker, settings: Settings, *, shares_port: bool = False) -> None:
         """
+        Args:
+            worker: what is served.
+            settings: where, to whom, and how long the end may take.
+            shares_port: whether other processes of this user that say so too may have the port at the same time.
+
         Raises:
             UnfitSettings: it would be open to other machines, or a file of certificates or tokens is of no use.
         """
@@ -39,7 +44,9 @@ class Server:
         self._certificates = Certificates.of(settings)
         self._health = _Health()
         interceptors = [TokenAuth(settings.auth_token_file, worker.refused)] if settings.auth_token_file else []
-        self._server = grpc.aio.server(interceptors=interceptors, options=server_options(settings))
+        # Of an option that comes twice, gRPC takes the first.
+        options = [("grpc.so_reuseport", int(shares_port)), *server_options(settings)]
+        self._server = grpc.aio.server(interceptors=interceptors, options=options)
         add_FlightServiceServicer_to_server(worker, self._server)
         cluster.add_WorkerServiceServicer_to_server(worker, self._server)
         observability.add_ObservabilityServiceServicer_to_server(worker, self._server)

@@ -14,6 +14,7 @@ from worker.cluster.observability import ObservabilityServicer
 from worker.config import Compression, Settings
 from worker.encode import Encoder, plain_schema
 from worker.errors import InvalidTicket, ResponseTooLarge
+from worker.journal import Journal
 from worker.message import Message
 from worker.policy import PlanPolicyLike
 from worker.proto import Flight_pb2, Flight_pb2_grpc
@@ -56,8 +57,9 @@ class Worker(ObservabilityServicer, Flight_pb2_grpc.FlightServiceServicer):
         *,
         settings: Settings | None = None,
         plan_policy: PlanPolicyLike | None = None,
+        journal: Journal | None = None,
     ) -> None:
-        super().__init__(session_builder, settings=settings, plan_policy=plan_policy)
+        super().__init__(session_builder, settings=settings, plan_policy=plan_policy, journal=journal)
         self._exchange = flight.Exchange(self._channels, self._folder, self._tasks)
 
     async def DoGet(self, request: Flight_pb2.Ticket, context: Context) -> AsyncIterator[Flight_pb2.FlightData]:

@@ -20,6 +20,7 @@ from worker.durations import Histogram
 from worker.ending import end, ended_with, this_request
 from worker.errors import DurationExceeded, SessionBuilderFailed, Unavailable, UpstreamFailed, WorkerError
 from worker.headers import Headers
+from worker.journal import Journal
 from worker.policy import DefaultPolicy, PlanPolicyLike, access_of, check_of
 from worker.requests import Request, Requests
 from worker.session import (
@@ -80,6 +81,7 @@ class Servicer:
         *,
         settings: Settings | None = None,
         plan_policy: PlanPolicyLike | None = None,
+        journal: Journal | None = None,
     ) -> None:
         """
         Args:
@@ -88,6 +90,7 @@ class Servicer:
                 to other workers, and ``host`` is for the policy: where it is not this machine's own, plans may name no
                 files but those of ``allow_path``.
             plan_policy: decides what the plan of each request may touch; ``DefaultPolicy`` where there is none.
+            journal: where it is noted which plans run, for a supervisor.
 
         Raises:
             UnfitSettings, OSError: the files of certificates are of no use.
@@ -104,7 +107,9 @@ class Servicer:
             max_waiting=self._settings.max_waiting,
             max_wait=self._settings.max_wait,
         )
-        self._tasks = Tasks(self._settings.idle_time, admission, max_streams=self._settings.max_streams)
+        self._tasks = Tasks(
+            self._settings.idle_time, admission, max_streams=self._settings.max_streams, journal=journal
+        )
         self._principal_key = secrets.token_bytes(32)
         self._requests = Requests()
 

@@ -76,6 +76,11 @@ class PartitionStream:
         self._blocking = Interruptible()
         self._reading: asyncio.Future[Any] | None = self._start_reading()
 
+    @property
+    def ended_well(self) -> bool:
+        """Whether it was read to its end, and DataFusion did not fail."""
+        return self._ended and self._error is None and not self._batches
+
     async def read(self) -> list[pa.RecordBatch]:
         """The next batches: one, or as many as come close together; none after the last.
 

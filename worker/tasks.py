@@ -18,6 +18,7 @@ from worker.durations import Durations, Histogram
 from worker.encode import Encoder
 from worker.ending import end, this_request
 from worker.errors import InvalidPlan, PartitionOutOfRange, StageKeyConflict, Unavailable, WorkerBusy, WorkerError
+from worker.journal import Journal, Noted
 from worker.message import Message
 from worker.partitionwise import counterparts, make_partitions_independent
 from worker.plan_proto import Message as PlanMessage
@@ -124,15 +125,19 @@ class TaskStatistics:
 class Task:
     """One instance of a plan, in the session that decoded it."""
 
-    def __init__(self, tasks: "Tasks", session: SessionContext, decoded: Decoded, plan_input: Input | None) -> None:
+    def __init__(
+        self, tasks: "Tasks", noted: Noted, session: SessionContext, decoded: Decoded, plan_input: Input | None
+    ) -> None:
         """
         Args:
             tasks: whose it is.
+            noted: the plan as it was received.
             session: what the plan was decoded in.
             decoded: the plan, without rows if it has an input.
             plan_input: what is fetched when a partition is first executed.
         """
         self._tasks = tasks
+        self.noted = noted
         self._session = session
         self._decoded = decoded
         self.input = plan_input
@@ -158,8 +163,7 @@ class Task:
             InvalidPlan, ExecutionFailed, EnginePanicked: as ``plan.schema_of``.
         """
         if self._schema is None or _has_failed(self._schema):
-            finding_out = self._tasks.in_thread(plan.schema_of, self._session, self._decoded.plan)
-            self._schema = self._tasks.in_background(finding_out)
+            self._schema = self._tasks.in_background(self._tasks.in_thread(self._find_schema))
         return await asyncio.shield(self._schema)
 
     async def execute(self, partition: int, *, alone: bool) -> PartitionStream:
@@ -249,6 +253,10 @@ class Task:
         self._missing = None
         self._abandon_given_up()
 
+    def _find_schema(self) -> pa.Schema:
+        with self._tasks.journal.decoding(self.noted):
+            return plan.schema_of(self._session, self._decoded.plan)
+
     def _abandon_given_up(self) -> None:
         self._executed |= self._given_up
         self._abandon(self._decoded.instance, self._given_up)
@@ -268,13 +276,17 @@ class Task:
 class Tasks:
     """The tasks of a worker. Each ends when all its partitions were asked for, or when it has been idle for a while."""
 
-    def __init__(self, idle_time: float, admission: Admission, *, max_streams: int) -> None:
+    def __init__(
+        self, idle_time: float, admission: Admission, *, max_streams: int, journal: Journal | None = None
+    ) -> None:
         """
         Args:
             idle_time: seconds after which a task that nobody uses is forgotten.
             admission: says which tasks run at the same time.
             max_streams: how many partitions are executed and read at the same time.
+            journal: where it is noted which plans run.
         """
+        self.journal = journal or Journal()
         self._idle_time = idle_time
         self._admission = admission
         self._max_streams = max_streams
@@ -340,7 +352,7 @@ class Tasks:
             WorkerBusy: there is no place for the task.
             InvalidPlan, EnginePanicked: the plan does not decode; nothing is kept, the next to ask tries anew.
         """
-        make = partial(self._make, session, ticket.plan, python_udf_inlining, rewrite)
+        make = partial(self._make, session, ticket, python_udf_inlining, rewrite)
         with self._entered(ticket, principal, memory, make) as entry:
             yield await self._task_of(entry)
 
@@ -364,7 +376,7 @@ class Tasks:
             WorkerBusy: there is no place for the task, or for one more stream.
             WorkerError: the plan's input is not to be had.
         """
-        make = partial(self._make, session, ticket.plan, python_udf_inlining, rewrite)
+        make = partial(self._make, session, ticket, python_udf_inlining, rewrite)
         with self._entered(ticket, principal, memory, make) as entry:
             try:
                 task = await self._task_of(entry)
@@ -373,9 +385,13 @@ class Tasks:
                 raise
             with (
                 self.places(1),
+                self.journal.executing(task.noted, ticket.partition),
                 self.open(await task.execute(ticket.partition, alone=ticket.stage_key is None)) as stream,
             ):
                 yield task, stream
+                ended_well = stream.ended_well
+            if ended_well:
+                self.journal.read_to_the_end(task.noted, ticket.partition, task.partition_count)
 
     def demand(
         self, principal: str, key: StageKey | None, plan_bytes: bytes, memory: int | None, age: int | None
@@ -660,21 +676,23 @@ class Tasks:
             self._leave(entry, this)
 
     def _make(
-        self, session: SessionContext, plan_bytes: bytes, python_udf_inlining: bool, rewrite: Rewrite | None
+        self, session: SessionContext, ticket: PlanTicket, python_udf_inlining: bool, rewrite: Rewrite | None
     ) -> asyncio.Future[Task]:
         self.count_decoded()
+
+        def prepare() -> Task:
+            noted = self.journal.admit(ticket.plan, ticket.stage_key)
+            with self.journal.decoding(noted):
+                return Task(
+                    self, noted, session, *self.timed(_prepare, session, ticket.plan, python_udf_inlining, rewrite)
+                )
+
         # A function that is unpickled may do anything, and for long.
-        if len(plan_bytes) <= SMALL_PLAN and not python_udf_inlining:
+        if len(ticket.plan) <= SMALL_PLAN and not python_udf_inlining:
             made: asyncio.Future[Task] = asyncio.get_running_loop().create_future()
-            prepared = self.timed(_prepare, session, plan_bytes, python_udf_inlining, rewrite)
-            made.set_result(Task(self, session, *prepared))
+            made.set_result(prepare())
             return made
-
-        async def make() -> Task:
-            prepared = await self.in_thread(self.timed, _prepare, session, plan_bytes, python_udf_inlining, rewrite)
-            return Task(self, session, *prepared)
-
-        return self.in_background(make())
+        return self.in_background(self.in_thread(prepare))
 
     def _forget(self, entry: "_Entry") -> None:
         """Lets nobody find it any more, and ends it if nobody uses it."""

@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from worker.config import Settings
+from worker.journal import Journal
 from worker.policy import PlanPolicyLike
 from worker.server import Server
 from worker.service import Worker
@@ -32,6 +33,7 @@ async def running_worker(
     *,
     settings: Settings | None = None,
     plan_policy: PlanPolicyLike | None = None,
+    journal: Journal | None = None,
 ) -> AsyncIterator[RunningWorker]:
     """Runs a worker for as long as the block lasts; requests that are under way at its end are cancelled.
 
@@ -41,11 +43,12 @@ async def running_worker(
         session_builder: as ``Worker`` takes it.
         settings: as ``Worker`` takes it; host, port and grace are this function's.
         plan_policy: as ``Worker`` takes it.
+        journal: as ``Worker`` takes it.
     """
     settings = settings if settings is not None else Settings()
     local = settings.model_copy(update={"host": "127.0.0.1", "port": 0, "grace": 0.0, "shutdown_delay": 0.0})
     async with (
-        Worker(session_builder, settings=local, plan_policy=plan_policy) as worker,
+        Worker(session_builder, settings=local, plan_policy=plan_policy, journal=journal) as worker,
         Server(worker, local) as server,
     ):
         yield RunningWorker(worker, server.address, server.scheme)

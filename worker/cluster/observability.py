@@ -7,6 +7,7 @@ import grpc
 from worker.cluster.process import CpuUsage
 from worker.cluster.service import ClusterServicer
 from worker.config import Settings
+from worker.journal import Journal
 from worker.policy import PlanPolicyLike
 from worker.proto import observability_pb2, observability_pb2_grpc
 from worker.requests import Request
@@ -30,8 +31,9 @@ class ObservabilityServicer(ClusterServicer, observability_pb2_grpc.Observabilit
         *,
         settings: Settings | None = None,
         plan_policy: PlanPolicyLike | None = None,
+        journal: Journal | None = None,
     ) -> None:
-        super().__init__(session_builder, settings=settings, plan_policy=plan_policy)
+        super().__init__(session_builder, settings=settings, plan_policy=plan_policy, journal=journal)
         self._cpu_usage = CpuUsage()
 
     async def Ping(self, request: Any, context: Context) -> observability_pb2.PingResponse:

@@ -26,6 +26,7 @@ from worker.cluster.tasks import ClusterTasks
 from worker.config import Settings
 from worker.ending import end, this_request
 from worker.errors import FailedPrecondition, InvalidPlan, InvalidRequest
+from worker.journal import Journal, Noted
 from worker.message import Message
 from worker.plan_proto import Message as PlanMessage
 from worker.policy import PlanPolicyLike
@@ -49,8 +50,9 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
         *,
         settings: Settings | None = None,
         plan_policy: PlanPolicyLike | None = None,
+        journal: Journal | None = None,
     ) -> None:
-        super().__init__(session_builder, settings=settings, plan_policy=plan_policy)
+        super().__init__(session_builder, settings=settings, plan_policy=plan_policy, journal=journal)
         self._version = self._settings.version
         self._channels = Channels()
         certificates = Certificates.of(self._settings)
@@ -119,9 +121,11 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
                 claim = held.enter_context(await self._tasks.admit(demand))
                 claim.end = partial(end, this_request())
                 place = Place(query.task_index, query.task_count)
-                rewritten = await self._tasks.in_thread_if(
+                noted, rewritten = await self._tasks.in_thread_if(
                     len(request.plan_proto) > SMALL_PLAN,
                     _rewritten,
+                    self._tasks.journal,
+                    key,
                     session,
                     request.plan_proto,
                     place,
@@ -140,7 +144,7 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
                 )
                 folder = await self._tasks.in_thread_if(not self._folder.is_made, self._folder.new)
                 store = Store(folder, session, self._folder)
-                return query.principal, ClusterTask(orders, self._tasks, session, rewritten, source, store)
+                return query.principal, ClusterTask(orders, self._tasks, session, noted, rewritten, source, store)
 
             async with self._cluster_tasks.task(key, make) as task:
                 async for load in task.load_infos():
@@ -246,14 +250,23 @@ async def _set_plan_request(requests: AsyncIterator[worker_pb2.CoordinatorToWork
     return request
 
 
-def _rewritten(session: SessionContext, plan_bytes: bytes, place: Place, python_udf_inlining: bool) -> Rewritten:
+def _rewritten(
+    journal: Journal,
+    key: StageKey,
+    session: SessionContext,
+    plan_bytes: bytes,
+    place: Place,
+    python_udf_inlining: bool,
+) -> tuple[Noted, Rewritten]:
+    noted = journal.admit(plan_bytes, key)
     if not python_udf_inlining:
         plan_bytes = plan.without_python_udfs(plan_bytes)
 
     def count_partitions(part: PlanMessage) -> int:
         return plan.decode(session, part.SerializeToString()).partition_count
 
-    return rewrite(plan.parse(plan_bytes).message, place, count_partitions)
+    with journal.decoding(noted):
+        return noted, rewrite(plan.parse(plan_bytes).message, place, count_partitions)
 
 
 def _stage_key(key: worker_pb2.TaskKey) -> StageKey:

@@ -22,6 +22,7 @@ from worker.cluster.settings import ClusterSettings
 from worker.config import MEBIBYTE, Compression
 from worker.encode import Encoder
 from worker.errors import FailedPrecondition, PartitionOutOfRange, QueryEnded, Unavailable, WorkerError
+from worker.journal import Noted
 from worker.message import Message
 from worker.proto import worker_pb2
 from worker.session import is_cancellation
@@ -53,13 +54,21 @@ class ClusterTask:
     """Fetches its input from when it is made, and is executed when its output is first asked for."""
 
     def __init__(
-        self, orders: Orders, tasks: Tasks, session: SessionContext, rewritten: Rewritten, source: Source, store: Store
+        self,
+        orders: Orders,
+        tasks: Tasks,
+        session: SessionContext,
+        noted: Noted,
+        rewritten: Rewritten,
+        source: Source,
+        store: Store,
     ) -> None:
         """
         Args:
             orders: what the coordinator wants.
             tasks: the worker's threads and streams.
             session: what the plan is decoded and executed in, by this task alone.
+            noted: the plan as it was received.
             rewritten: the plan.
             source: how other tasks are read.
             store: for input that is kept in files; closed by the task.
@@ -67,6 +76,7 @@ class ClusterTask:
         self.orders = orders
         self._tasks = tasks
         self._session = session
+        self._noted = noted
         self._rewritten = rewritten
         self._source = source
         self._store = store
@@ -137,7 +147,8 @@ class ClusterTask:
         """
         if self._closed:
             raise self._ended()
-        schema = await self._tasks.in_thread(plan.schema_of, self._session, self._plan_bytes)
+        with self._tasks.journal.decoding(self._noted):
+            schema = await self._tasks.in_thread(plan.schema_of, self._session, self._plan_bytes)
         return Encoder(schema, MAX_MESSAGE_SIZE).schema()
 
     async def load_infos(self) -> AsyncIterator[worker_pb2.LoadInfo]:
@@ -207,7 +218,8 @@ class ClusterTask:
         below = self._rewritten.plan if self._sampling is None else await self._has(self._sampling)
         headed, origins = with_head(below, head)
         self._plan_bytes = headed.SerializeToString()
-        instance = await self._tasks.decode(self._session, self._plan_bytes)
+        with self._tasks.journal.decoding(self._noted):
+            instance = await self._tasks.decode(self._session, self._plan_bytes)
         if self._sampling is None:
             self._segments.append((instance, origins + self._rewritten.origins))
         else:
@@ -220,9 +232,10 @@ class ClusterTask:
         """Executes the plan without its head, tells what there is of each partition, and makes a scan of it."""
         await self._has(self._input)
         plan_bytes = self._rewritten.plan.SerializeToString()
-        instance = await self._tasks.decode(self._session, plan_bytes)
+        with self._tasks.journal.decoding(self._noted):
+            instance = await self._tasks.decode(self._session, plan_bytes)
+            schema = await self._tasks.in_thread(plan.schema_of, self._session, plan_bytes)
         self._segments.append((instance, self._rewritten.origins))
-        schema = await self._tasks.in_thread(plan.schema_of, self._session, plan_bytes)
         partitions = range(instance.partition_count)
         intake = self._intake(plan.schema_message(schema), len(partitions), "sampled")
         with ExitStack() as opened:
@@ -258,16 +271,24 @@ class ClusterTask:
             return [self._session.execute(instance, partition) for partition in partitions]
 
         opened.enter_context(self._tasks.places(len(partitions)))
+        opened.enter_context(self._tasks.journal.executing(self._noted, partitions.start))
         with plan.execution_errors():
             streams = await asyncio.shield(self._own(self._tasks.in_thread(execute)))
         if self._closed:
             raise self._ended()
-        return [self._open(stream, opened) for stream in streams]
+        count = instance.partition_count
+        return [self._open(executed, p, count, opened) for executed, p in zip(streams, partitions, strict=True)]
 
-    def _open(self, executed: Any, opened: ExitStack) -> PartitionStream:
+    def _open(self, executed: Any, partition: int, count: int, opened: ExitStack) -> PartitionStream:
         stream = opened.enter_context(self._tasks.open(self._tasks.stream(executed)))
         self._streams.add(stream)
-        opened.callback(self._streams.discard, stream)
+
+        def forget() -> None:
+            self._streams.discard(stream)
+            if stream.ended_well:
+                self._tasks.journal.read_to_the_end(self._noted, partition, count)
+
+        opened.callback(forget)
         return stream
 
     async def _encoded(

@@ -1,0 +1,92 @@
+"""A worker in this process, from the import of its session builder to its end."""
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable
+from typing import NoReturn
+
+from worker import metrics
+from worker.allocator import keep_freed_memory
+from worker.config import Settings
+from worker.exit import end
+from worker.importer import load_session_builder
+from worker.logs import Event
+from worker.server import Server
+from worker.service import Worker
+from worker.session import SessionBuilder
+from worker.supervised import Supervised
+from worker.supervisor import MARGIN
+
+logger = logging.getLogger("worker")
+
+# Where a supervisor reads the metrics of its workers.
+LOOPBACK = "127.0.0.1"
+
+
+def run(settings: Settings, announce: Callable[[str], None]) -> NoReturn:
+    """Serves until a signal says that it is enough, and ends the process.
+
+    Args:
+        settings: the worker's.
+        announce: is told the URL, unless a supervisor is.
+
+    Raises:
+        UnfitSettings: the session builder cannot be loaded, or the worker would be open to other machines.
+        OSError: the address cannot be listened on.
+    """
+    supervised = Supervised.from_environment()
+    builder = load_session_builder(settings.session_builder) if settings.session_builder else None
+    keep_freed_memory()
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_serve(settings, builder, supervised, announce))
+        if supervised is not None:
+            supervised.clean_up()
+        # Not after the runner's own end, which waits for whatever a session builder still hangs in.
+        end(0)
+
+
+async def _serve(
+    settings: Settings,
+    session_builder: SessionBuilder | None,
+    supervised: Supervised | None,
+    announce: Callable[[str], None],
+) -> None:
+    stopped = asyncio.Event()
+
+    def on_signal(number: int) -> None:
+        if stopped.is_set():
+            end(128 + number)
+        stopped.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+    journal = supervised.journal if supervised is not None else None
+    async with Worker(session_builder, settings=settings, journal=journal) as worker:
+        if settings.metrics_port is not None:
+            # It ends with the process, so that the last requests are told of too.
+            if supervised is not None:
+                supervised.tell(metrics_port=metrics.serve(worker, LOOPBACK, 0).port)
+            else:
+                served = metrics.serve(worker, settings.host, settings.metrics_port)
+                logger.info(Event("metrics are served", host=settings.host, port=served.port))
+        async with Server(worker, settings, shares_port=supervised is not None) as server:
+            url = f"{server.scheme}://{server.address}"
+            if supervised is None:
+                announce(url)
+                await stopped.wait()
+                return
+            supervised.watch(settings.shutdown_delay + settings.grace + MARGIN)
+            beating = asyncio.ensure_future(supervised.beat())
+            supervised.tell(listening=url)
+            await stopped.wait()
+            beating.cancel()
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
