@@ -39,7 +39,7 @@ class EngineThreads:
         self._threads: dict[str, _Thread] = {}
 
     def look(self, now: float, oldest: float) -> float:
-        """For how many seconds a thread has worked for nobody; takes 20 µs a thread, to be called every second or so.
+        """For how many seconds a thread has worked for nobody; takes up to 0.1 ms a thread, to be called now and then.
 
         Args:
             now: the time, of any clock.
