@@ -110,7 +110,7 @@ class TokenAuth(grpc.aio.ServerInterceptor):
     def _read(self) -> Mapping[bytes, str | None]:
         """The names of the file's tokens, by the tokens' digests."""
         names: dict[bytes, str | None] = {}
-        for number, line in enumerate(self._file.read_bytes().decode("utf-8", "replace").splitlines(), 1):
+        for number, line in enumerate(self._file.read_bytes().decode("utf-8-sig", "replace").splitlines(), 1):
             line = line.strip()
             if not line or line.startswith("#"):
                 continue

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 from urllib.parse import unquote, urlsplit
 
 from google.protobuf.message import DecodeError
+from pydantic import ValidationError
+from pydantic_core import Url
 
 from worker import plan, plan_proto
 from worker.config import Settings, is_loopback
@@ -30,7 +32,7 @@ FILES = "file://"
 EXCHANGE = "exchange://"
 
 # A store's URL as planners write it. Readers of URLs take more for one: spaces before it, tabs and backslashes in it.
-_STORE_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#\\\s]*)/?")
+_STORE_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#\\\s]*/?")
 _OUTPUT_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^/?#\\\s]*)/([^?#\\\x00-\x1f]*)")
 
 # File systems of the kernel's: there are secrets of processes among their files, which say that they are regular ones.
@@ -185,7 +187,8 @@ def _resolved(path: str, folders: dict[str, str]) -> tuple[str, int]:
             folders[folder] = os.path.realpath(folder or "/")
         path = os.path.join(folders[folder], name)
         mode = os.lstat(path).st_mode
-        if stat.S_ISLNK(mode):
+        # A link of the kernel's leads to what is open, by whatever name that has, or had before it was deleted.
+        if stat.S_ISLNK(mode) and not _is_under_one_of(_KERNEL_FOLDERS, path):
             path = os.path.realpath(path)
             mode = os.stat(path).st_mode
         return path, mode
@@ -269,16 +272,25 @@ def _written(kind: str, conf: Message) -> Iterator[Touched]:
 
 
 def _store(kind: str, url: str) -> str:
-    """Scheme and authority of a store's URL; nothing is the local file system."""
-    parsed = _STORE_URL.fullmatch(url or FILES)
-    if parsed is None:
-        raise InvalidPlan(f"the plan's {kind} has the object store {url!r}: a URL such as 's3://bucket/' is right")
-    scheme = parsed[1].lower()
+    """Scheme and authority of a store's URL, as DataFusion looks it up; nothing is the local file system."""
+    if _STORE_URL.fullmatch(url or FILES) is None:
+        raise _no_store(kind, url)
+    try:
+        parsed = Url(url or FILES)
+    except ValidationError as error:
+        raise _no_store(kind, url) from error
+    # It is DataFusion's parser too: the hosts of some schemes are written in many ways. And names of users, which
+    # DataFusion takes no notice of, would hide the host from a policy that looks at how the URL begins.
+    authority = str(parsed).partition("://")[2].partition("/")[0].rpartition("@")[2]
     # There is one local file system, whatever host is written there.
-    store = FILES if scheme == "file" else f"{scheme}://{parsed[2]}"
+    store = FILES if parsed.scheme == "file" else f"{parsed.scheme}://{authority}"
     if store.startswith(EXCHANGE):
         raise PermissionDenied(f"the plan's {kind} names {url!r}: what workers send each other is not for plans")
     return store
+
+
+def _no_store(kind: str, url: str) -> InvalidPlan:
+    return InvalidPlan(f"the plan's {kind} has the object store {url!r}: a URL such as 's3://bucket/' is right")
 
 
 def _distributed(node: Message) -> nodes_pb2.Node | None:

@@ -87,7 +87,8 @@ class Channels:
             host = None
         if not host or parts.scheme not in ("http", "https"):
             raise InvalidPlan(f"a task of the plan is to be read from {url!r}: http://host:port or https:// is right")
-        address = f"[{host}]" if ":" in host else host
+        # gRPC takes a host that is called unix, say, for the scheme of a target.
+        address = "dns:///" + (f"[{host}]" if ":" in host else host)
         if parts.scheme == "https":
             credentials = self.credentials()
             return _Entry(

@@ -190,9 +190,10 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
         key, head = _stage_key(request.task_key), _head(request)
         answered.partitions = partitions = range(request.target_partition_start, request.target_partition_end)
         query = self._query_context(answered, context, task_index=key.task_number, task_count=0, stage_key=key)
+        principal = query.principal
         await self._session_builder.admit(query)
-        # A certificate says which worker reads, and not for whom.
-        is_known = "authorization" in query.headers
+        # A certificate says which worker reads, and not for whom. A session builder that names somebody does.
+        is_known = "authorization" in query.headers or query.principal != principal
         task = await self._cluster_tasks.find(key, query.principal if is_known else None)
         schemas: dict[int, Message] = {}
         async with aclosing(task.output(partitions, head, task.orders.settings.compression)) as output:
