@@ -388,12 +388,19 @@ async def test_the_end_is_told_rightly_whenever_it_comes(head: Message, monkeypa
     assert codes <= {"OK", "CANCELLED", "DEADLINE_EXCEEDED"}
 
 
-@pytest.mark.parametrize("name", ["distributed.shuffle_batch_size", "datafusion.execution.batch_size"])
-async def test_batches_larger_than_memory_are_refused(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("distributed.shuffle_batch_size", "rows"),
+        ("datafusion.execution.batch_size", "rows"),
+        ("datafusion.execution.minimum_parallel_output_files", "files"),
+    ],
+)
+async def test_settings_that_take_more_than_there_is_are_refused(name: str, what: str) -> None:
     header = f"x-datafusion-distributed-config-{name}"
     async with running_worker() as running, connected(running) as service:
         code, details = await refusal(service, numbers(), ((header, str(MANY)),))
-        assert (code, details) == ("INVALID_ARGUMENT", f"header '{header}' is '{MANY}': 1048576 rows are the most")
+        assert (code, details) == ("INVALID_ARGUMENT", f"header '{header}' is '{MANY}': 1048576 {what} are the most")
 
 
 @pytest.mark.parametrize("partitions", [1, 3])

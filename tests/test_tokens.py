@@ -256,6 +256,21 @@ def test_a_file_of_no_use_is_refused_by_its_line_and_not_by_what_it_says(text: s
     assert ADA not in str(refused.value)
 
 
+async def test_a_mark_of_the_byte_order_is_no_part_of_a_name(file: Path, settings: Settings, plan: bytes) -> None:
+    """Some editors put one in front."""
+    seen: list[str] = []
+    write = file.write_text
+
+    async def build(ctx: WorkerQueryContext) -> SessionContext:
+        seen.append(ctx.principal)
+        return ctx.builder.build()
+
+    write(f"ada:{ADA}", encoding="utf-8-sig")
+    async with running_worker(build, settings=settings) as running:
+        assert await answer(running, plan, bearer(ADA)) == OK
+    assert seen == ["ada"]
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="tokens"):
         TokenAuth(tmp_path / "tokens")

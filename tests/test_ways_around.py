@@ -1,4 +1,4 @@
-"""Ways around what guards a worker: tokens, principals, the policy's folders and stores, its word on writes, and pickles.
+"""Ways around what guards a worker: tokens, principals, folders, object stores, its word on writes and on pickles.
 
 Those that have tests of their own where the guard is tested are in ``ELSEWHERE``, by name; the others are here.
 """
@@ -6,8 +6,9 @@ Those that have tests of their own where the guard is tested are in ``ELSEWHERE`
 import ast
 import asyncio
 import os
+import socket
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pytest
 from datafusion import SessionConfig, SessionContext, udf
 from datafusion.object_store import LocalFileSystem
-from flight_plans import coalesced, distributed, network, stage, ticket
+from flight_plans import coalesced, distributed, network, stage, ticket, url
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support import Touch, do_get, fetch_one, stage_key, status, status_of, stub
 from test_cluster_attacks import SCHEMA, encoded, upstream
@@ -31,7 +32,6 @@ from worker_service import (
     refused_read,
     service,
     task_key,
-    url,
     values,
 )
 
@@ -49,73 +49,110 @@ OK = grpc.StatusCode.OK
 
 ADA, GRACE = ((("authorization", f"Bearer {name}-0123456789abcdef"),) for name in ("ada", "grace"))
 
-ELSEWHERE = {
-    "tokens": {
-        "no token, or one that is nearly right": "test_tokens.test_whoever_has_none_is_told_what_is_wrong_and_not_what_they_sent",
-        "two authorization headers, authorization-bin": "test_tokens.test_whoever_has_none_is_told_what_is_wrong_and_not_what_they_sent",
-        "names of headers in another case": "test_tokens.test_names_that_differ_in_their_case_are_one_name",
-        "methods that nobody thinks of, reflection, health in another case": "test_tokens.test_every_method_needs_a_token_and_none_is_called_without",
-        "a file that is spoilt": "test_tokens.test_a_file_that_changes_counts_within_a_second_and_one_of_no_use_does_not",
-        "a message before the refusal": "test_tokens.test_who_has_no_token_is_refused_before_what_they_send_is_read",
-    },
-    "certificates": {
-        "no certificate, or one of another authority": "test_tls.test_clients_have_to_show_a_certificate_that_is_vouched_for",
-        "no TLS": "test_tls.test_flight_reads_through_tls_and_nobody_without_it",
-        "a certificate in the place of another's": "test_tls.test_a_certificate_is_the_principal_of_who_shows_it",
-        "an open port": "test_exposure.test_it_is_not_open_by_accident",
-    },
-    "session builders": {
-        "a token that was good for another partition": "test_auth.test_a_token_that_is_revoked_is_refused_on_the_second_partition_of_a_task",
-        "a shared task": "test_auth.test_a_stage_key_stands_for_one_task_of_each_token",
-        "a key that stands for another's plan": "test_auth.test_two_tokens_may_use_one_stage_key_for_different_plans_and_one_may_not",
-        "a header that is there twice": "test_auth.test_a_header_that_was_sent_twice_is_invalid_and_its_values_are_not_in_the_answer",
-        "reads of a coordinator's task": "test_worker_service.test_the_session_builder_is_awaited_for_every_read_and_may_refuse_it",
-        "another's key": "test_worker_service.test_a_task_is_found_by_its_own_authorization_and_without_any_by_its_key",
-        "the console": "test_observability.test_tasks_and_workers_are_shown_to_their_own_principal_alone",
-    },
-    "folders": {
-        "symbolic links": "test_policy.test_links_out_of_the_folder_are_seen_through",
-        "..": "test_policy.test_dots_do_not_lead_out_of_the_folder",
-        "percent-encodings": "test_policy.test_what_is_percent_encoded_in_a_path_is_a_name",
-        "other ways to write file:///": "test_policy.test_every_way_to_write_the_local_file_system_is_known",
-        "another host": "test_policy.test_a_file_of_another_host_is_one_of_none",
-        "what is no file": "test_policy.test_only_regular_files_are_opened",
-        "files of the kernel's": "test_policy.test_files_of_the_kernel_are_not_read_on_this_machine_either",
-        "nested nodes, extensions, subqueries": "test_policy.test_scans_are_found_wherever_they_are",
-        "new fields that name files": "test_policy.test_all_kinds_of_scans_and_sinks_are_known",
-        "GetFlightInfo, GetSchema": "test_policy.test_descriptions_of_plans_are_refused_too",
-        "the cluster's dialect": "test_policy.test_tasks_of_a_cluster_are_refused_too",
-        "what a task was sent": "test_policy.test_what_a_task_was_sent_is_for_no_other_plan",
-        "a partition of a task that another may read": "test_policy.test_a_policy_of_ones_own_decides_on_every_request_of_a_shared_task",
-    },
-    "writes": {
-        "any": "test_policy.test_nothing_is_written_unless_the_setting_says_so",
-        "links out of a folder": "test_policy.test_what_may_be_written_is_written_in_the_folder_alone",
-        "URLs that are read in two ways": "test_policy.test_places_to_write_to_that_can_be_read_in_two_ways_are_refused",
-    },
-    "stores": {
-        "that of another request": "test_policy.test_the_store_of_one_request_is_not_there_for_another",
-        "that of a request with the same stage key": "test_s3.test_a_tenants_store_is_invisible_to_a_request_that_runs_beside_it_with_its_stage_key",
-        "the right bucket with another's keys": "test_s3.test_the_right_bucket_with_anothers_keys_has_no_rows_not_even_those_just_read",
-    },
-    "other workers": {
-        "addresses that are none of the cluster's": "test_policy.test_other_workers_are_those_of_the_setting_where_it_names_some",
-    },
-    "pickles": {
-        "in a ticket's plan, of each kind": "test_auth.test_a_function_that_the_session_lacks_is_named_and_the_clients_own_is_never_unpickled",
-        "under a name that the session knows": "test_auth.test_a_function_of_the_session_is_what_runs_and_the_clients_own_is_never_unpickled",
-        "beside a request that may": "test_auth.test_inlining_is_asked_for_by_one_request_alone",
-        "in a coordinator's plan, in a head": "test_policy.test_pickled_functions_run_neither_in_plans_of_coordinators_nor_in_heads",
-    },
-}
+# The guard, a way around it, and the test.
+ELSEWHERE = """
+Tokens
+  no token, or one that is nearly right
+    test_tokens::test_whoever_has_none_is_told_what_is_wrong_and_not_what_they_sent
+  two authorization headers, authorization-bin
+    test_tokens::test_whoever_has_none_is_told_what_is_wrong_and_not_what_they_sent
+  names of headers in another case
+    test_tokens::test_names_that_differ_in_their_case_are_one_name
+  methods that nobody thinks of, reflection, health in another case
+    test_tokens::test_every_method_needs_a_token_and_none_is_called_without
+  a file that is spoilt
+    test_tokens::test_a_file_that_changes_counts_within_a_second_and_one_of_no_use_does_not
+  a message before the refusal
+    test_tokens::test_who_has_no_token_is_refused_before_what_they_send_is_read
+Certificates
+  no certificate, or one of another authority
+    test_tls::test_clients_have_to_show_a_certificate_that_is_vouched_for
+  no TLS
+    test_tls::test_flight_reads_through_tls_and_nobody_without_it
+  a certificate in the place of another's
+    test_tls::test_a_certificate_is_the_principal_of_who_shows_it
+  an open port
+    test_exposure::test_it_is_not_open_by_accident
+Session builders
+  a token that was good for another partition
+    test_auth::test_a_token_that_is_revoked_is_refused_on_the_second_partition_of_a_task
+  a shared task
+    test_auth::test_a_stage_key_stands_for_one_task_of_each_token
+  a key that stands for another's plan
+    test_auth::test_two_tokens_may_use_one_stage_key_for_different_plans_and_one_may_not
+  a header that is there twice
+    test_auth::test_a_header_that_was_sent_twice_is_invalid_and_its_values_are_not_in_the_answer
+  reads of a coordinator's task
+    test_worker_service::test_the_session_builder_is_awaited_for_every_read_and_may_refuse_it
+  another's key
+    test_worker_service::test_a_task_is_found_by_its_own_authorization_and_without_any_by_its_key
+  the console
+    test_observability::test_tasks_and_workers_are_shown_to_their_own_principal_alone
+Folders
+  symbolic links
+    test_policy::test_links_out_of_the_folder_are_seen_through
+  ..
+    test_policy::test_dots_do_not_lead_out_of_the_folder
+  percent-encodings
+    test_policy::test_what_is_percent_encoded_in_a_path_is_a_name
+  other ways to write file:///
+    test_policy::test_every_way_to_write_the_local_file_system_is_known
+  another host
+    test_policy::test_a_file_of_another_host_is_one_of_none
+  what is no file
+    test_policy::test_only_regular_files_are_opened
+  files of the kernel's
+    test_policy::test_files_of_the_kernel_are_not_read_on_this_machine_either
+  nested nodes, extensions, subqueries
+    test_policy::test_scans_are_found_wherever_they_are
+  new fields that name files
+    test_policy::test_all_kinds_of_scans_and_sinks_are_known
+  GetFlightInfo, GetSchema
+    test_policy::test_descriptions_of_plans_are_refused_too
+  the cluster's dialect
+    test_policy::test_tasks_of_a_cluster_are_refused_too
+  what a task was sent
+    test_policy::test_what_a_task_was_sent_is_for_no_other_plan
+  a partition of a task that another may read
+    test_policy::test_a_policy_of_ones_own_decides_on_every_request_of_a_shared_task
+Writes
+  any
+    test_policy::test_nothing_is_written_unless_the_setting_says_so
+  links out of a folder
+    test_policy::test_what_may_be_written_is_written_in_the_folder_alone
+  URLs that are read in two ways
+    test_policy::test_places_to_write_to_that_can_be_read_in_two_ways_are_refused
+Stores
+  that of another request
+    test_policy::test_the_store_of_one_request_is_not_there_for_another
+  that of a request with the same stage key
+    test_s3::test_a_tenants_store_is_invisible_to_a_request_that_runs_beside_it_with_its_stage_key
+  the right bucket with another's keys
+    test_s3::test_the_right_bucket_with_anothers_keys_has_no_rows_not_even_those_just_read
+Other workers
+  addresses that are none of the cluster's
+    test_policy::test_other_workers_are_those_of_the_setting_where_it_names_some
+Pickles
+  in a ticket's plan, of each kind
+    test_auth::test_a_function_that_the_session_lacks_is_named_and_the_clients_own_is_never_unpickled
+  under a name that the session knows
+    test_auth::test_a_function_of_the_session_is_what_runs_and_the_clients_own_is_never_unpickled
+  beside a request that may
+    test_auth::test_inlining_is_asked_for_by_one_request_alone
+  in a coordinator's plan, in a head
+    test_policy::test_pickled_functions_run_neither_in_plans_of_coordinators_nor_in_heads
+"""
 
 
 def test_the_ways_that_are_tested_elsewhere_are() -> None:
-    for named in (name for ways in ELSEWHERE.values() for name in ways.values()):
-        module, _, function = named.partition(".")
-        tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text())
-        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
-        assert function in functions, named
+    tests = [line.strip().split("::") for line in ELSEWHERE.splitlines() if line.startswith("    ")]
+    defined = {
+        module: {getattr(node, "name", "") for node in ast.parse(file.read_text()).body}
+        for module in {module for module, _ in tests}
+        if (file := Path(__file__).parent / f"{module}.py")
+    }
+    assert len(tests) > 30
+    assert not [(module, name) for module, name in tests if name not in defined[module]]
 
 
 @pytest.fixture
@@ -201,6 +238,95 @@ async def test_health_says_the_same_whatever_comes_as_a_token(tokens: worker.Set
         # Services are no way to find out what there is.
         unknown = health.Check(health_pb2.HealthCheckRequest(service="worker.Secret"))
         assert (await status(unknown))[0] is grpc.StatusCode.NOT_FOUND
+
+
+# What no client on gRPC sends
+
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+_DATA, _HEADERS, _RESET, _SETTINGS, _GOAWAY = 0, 1, 3, 4, 7
+_END_STREAM, _END_HEADERS = 1, 4
+
+Fields = Sequence[tuple[str, str]]
+
+
+def _frame(kind: int, flags: int, on_stream: bool, payload: bytes = b"") -> bytes:
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags, 0, 0, 0, on_stream]) + payload
+
+
+def _block(fields: Fields) -> bytes:
+    """Header fields as HPACK's literals, whose lengths are below 127."""
+    texts = (text.encode() for field in fields for text in field)
+    octets = [bytes([len(text)]) + text for text in texts]
+    return b"".join(b"\x10" + name + value for name, value in zip(octets[::2], octets[1::2], strict=True))
+
+
+async def _ask(at: RunningWorker, fields: Fields, message: bytes, trailers: Fields = ()) -> None:
+    """Sends a request by hand, and waits for what ends it."""
+    host, port = at.address.split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    body = b"\0" + len(message).to_bytes(4, "big") + message
+    writer.write(
+        _PREFACE
+        + _frame(_SETTINGS, 0, False)
+        + _frame(_HEADERS, _END_HEADERS, True, _block(fields))
+        + _frame(_DATA, 0 if trailers else _END_STREAM, True, body)
+        + (_frame(_HEADERS, _END_HEADERS | _END_STREAM, True, _block(trailers)) if trailers else b"")
+    )
+    try:
+        async with asyncio.timeout(30):
+            while True:
+                head = await reader.readexactly(9)
+                await reader.readexactly(int.from_bytes(head[:3], "big"))
+                ends = head[3] in (_RESET, _GOAWAY) or (head[3] in (_DATA, _HEADERS) and head[4] & _END_STREAM)
+                if ends:
+                    return
+    except (asyncio.IncompleteReadError, ConnectionError):
+        pass
+    finally:
+        writer.close()
+
+
+DO_GET = "/arrow.flight.protocol.FlightService/DoGet"
+HEALTH = "/grpc.health.v1.Health/Check"
+GOOD, BAD = ADA[0][1], "Bearer nobody-0123456789abcdef"
+
+
+def _fields(*more: tuple[str, str], path: str = DO_GET) -> Fields:
+    """What a request begins with."""
+    standard = ((":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "worker"))
+    return (*standard, ("te", "trailers"), ("content-type", "application/grpc"), *more)
+
+
+async def test_headers_that_say_two_things_let_nobody_in(tokens: worker.Settings) -> None:
+    plan = SessionContext().sql("SELECT 1").execution_plan().to_bytes()
+    message = Flight_pb2.Ticket(ticket=do_get(plan)).SerializeToString()
+    async with running_worker(settings=tokens) as at:
+        for fields in (
+            _fields(("authorization", BAD), ("Authorization", GOOD)),
+            _fields(("Authorization", GOOD), ("authorization", BAD)),
+            _fields(("authorization", BAD), ("authorization", GOOD)),
+            _fields(("authorization", GOOD), ("authorization", GOOD)),
+            _fields(("authorization", f"{BAD}, {GOOD}")),
+            _fields(("authorization", f"{BAD}\0{GOOD}")),
+            _fields((":authorization", GOOD)),
+            _fields(("authorization ", GOOD)),
+            _fields(("authorization-bin", "QmVhcmVyIGFkYS0wMTIzNDU2Nzg5YWJjZGVm")),
+            _fields(("proxy-authorization", GOOD)),
+            _fields(("cookie", f"authorization={GOOD}")),
+            _fields((":path", DO_GET), path=HEALTH),
+            _fields((":path", HEALTH)),
+            _fields(path=f"{HEALTH}/../../{DO_GET}"),
+            _fields(path=f"/grpc.health.v1.Health/..{DO_GET}"),
+            _fields(path=f"/{DO_GET}"),
+            _fields(path=f"{DO_GET}?"),
+            _fields(path=f"http://worker{DO_GET}"),
+        ):
+            await _ask(at, fields, message)
+        await _ask(at, _fields(), message, trailers=(("authorization", GOOD),))
+        assert at.worker.statistics().plans_decoded == 0
+        # So that it is known that requests by hand are understood.
+        await _ask(at, _fields(("authorization", GOOD)), message)
+        assert at.worker.statistics().requests_ended["DoGet", "OK"] == 1
 
 
 # Which files
@@ -368,6 +494,21 @@ async def test_nothing_takes_the_place_of_a_plan_that_may(allowed: Path) -> None
         assert at.worker.statistics().rows_sent == 0
 
 
+async def test_hosts_of_workers_are_hosts_and_no_sockets_of_this_machine() -> None:
+    """``unix-abstract:8000`` is a target of gRPC's, for a socket of that name."""
+    with socket.socket(socket.AF_UNIX) as listener, socket.create_server(("127.0.0.1", 0)) as taken:
+        number = taken.getsockname()[1]
+        listener.bind(f"\0{number}")
+        listener.listen()
+        listener.settimeout(0.0)
+        plan = coalesced(NUMBERS, 1, stage(1, scan("numbers.csv"), [f"http://unix-abstract:{number}"]))
+        async with running_worker() as at, stub(at.address) as flight:
+            code, _ = await status(flight.DoGet(Flight_pb2.Ticket(ticket=ticket(plan)), timeout=5))
+            assert code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
 # Writes
 
 
@@ -466,7 +607,7 @@ async def test_a_policy_sees_the_store_that_is_read_however_it_is_written(allowe
             ctx.builder.with_object_store(known, LocalFileSystem(prefix=str(allowed)))
         return ctx.builder.build()
 
-    asked = []
+    asked: list[str] = []
 
     async def policy(ctx: worker.WorkerQueryContext, access: PlanAccess) -> None:
         asked.extend(read.store for read in access.reads)
@@ -494,7 +635,10 @@ async def test_the_store_of_one_task_is_not_there_for_another(allowed: Path) -> 
 
 
 async def test_headers_set_no_option_of_the_workers_own(allowed: Path) -> None:
-    """A coordinator's headers set DataFusion's options, and not what the process has: folders, memory, credentials."""
+    """A coordinator's headers set DataFusion's options, and not what the process has: folders, memory, credentials.
+
+    Nor what SQL of a session builder means, nor what takes memory beyond the pool.
+    """
     sessions = []
 
     async def build(ctx: worker.WorkerQueryContext) -> SessionContext:
@@ -508,6 +652,12 @@ async def test_headers_set_no_option_of_the_workers_own(allowed: Path) -> None:
         "datafusion.runtime.max_temp_directory_size": "9999G",
         "datafusion.aws.endpoint": "http://127.0.0.1:1",
         "aws.endpoint": "http://127.0.0.1:1",
+        "datafusion.catalog.location": "no location",
+        "datafusion.catalog.default_schema": "theirs",
+        "datafusion.sql_parser.dialect": "mysql",
+        "datafusion.optimizer.enable_join_dynamic_filter_pushdown": "true",
+        "datafusion.execution.perfect_hash_join_small_build_threshold": str(1 << 60),
+        "datafusion.execution.perfect_hash_join_min_key_density": "0",
         "datafusion.execution.planning_concurrency": "7",
     }
     headers = [(f"x-datafusion-distributed-config-{name}", value) for name, value in options.items()]

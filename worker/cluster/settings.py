@@ -18,13 +18,22 @@ from worker.session import SessionStateBuilder
 _DISTRIBUTED = CONFIG_PREFIX + "distributed."
 _DATAFUSION = CONFIG_PREFIX + "datafusion."
 _BATCH_SIZE = "datafusion.execution.batch_size"
+_OUTPUT_FILES = "datafusion.execution.minimum_parallel_output_files"
+
+# What is for others: how SQL is planned, which has been done, and what SQL means to a session builder that uses some;
+# and joins that take memory for the range of their keys, where the density that they want allows it: no pool counts
+# that, and two keys that are far apart end the process.
+_NOT_APPLIED = tuple(
+    _DATAFUSION + name for name in ("catalog.", "explain.", "optimizer.", "sql_parser.", "execution.perfect_hash_join_")
+)
 
 # Rows of a batch where neither the coordinator nor the session builder says. With DataFusion's default of 8192 messages
 # are a tenth of what is sent fastest, since a batch is of one partition of a shuffle.
 BATCH_SIZE = 16384
 
-# The most. DataFusion reserves memory for so many rows of each partition, and aborts the process where there is none.
-MAX_BATCH_SIZE = 1 << 20
+# The most. DataFusion reserves memory for so many rows of each partition, and aborts the process where there is none;
+# likewise for so many files that it writes.
+MAX_BATCH_SIZE = MAX_OUTPUT_FILES = 1 << 20
 
 # Rust's ``usize``, which these numbers are.
 _LARGEST = (1 << 64) - 1
@@ -67,12 +76,14 @@ class ClusterSettings:
     def apply(self, headers: Headers, builder: SessionStateBuilder) -> None:
         """Sets the options of DataFusion's that the coordinator sent, as far as the one here has them.
 
+        Those that are for planning are not set.
+
         Raises:
-            InvalidHeader: DataFusion refuses the value of one that it has.
+            InvalidHeader: DataFusion refuses the value of one that it has, or it would take more memory than there is.
         """
         builder.with_config_option(_BATCH_SIZE, BATCH_SIZE)
         for name in headers:
-            if name.startswith(_DATAFUSION):
+            if name.startswith(_DATAFUSION) and not name.startswith(_NOT_APPLIED):
                 option, value = name.removeprefix(CONFIG_PREFIX), headers[name]
                 try:
                     SessionConfig().set(option, value)
@@ -82,6 +93,8 @@ class ClusterSettings:
                     raise InvalidHeader(f"header {name!r} is {value!r}: {error}") from error
                 if option == _BATCH_SIZE:
                     _check_batch_size(name, int(value))
+                if option == _OUTPUT_FILES and int(value) > MAX_OUTPUT_FILES:
+                    raise InvalidHeader(f"header {name!r} is {value!r}: {MAX_OUTPUT_FILES} files are the most")
                 builder.with_config_option(option, value)
         if self.shuffle_batch_size:
             builder.with_config_option(_BATCH_SIZE, self.shuffle_batch_size)
