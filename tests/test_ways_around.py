@@ -30,6 +30,7 @@ from worker_service import (
     plan_of,
     refusal,
     refused_read,
+    repartition,
     service,
     task_key,
     values,
@@ -725,3 +726,34 @@ async def test_pickles_run_nowhere_in_a_plan(allowed: Path, tmp_path: Path, befo
                 code, text = await refused_read(at, task.key)
                 assert (code, "trapped" in text) == (INVALID, True), text
     assert not (tmp_path / "sprung").exists()
+
+
+async def test_a_reader_has_no_pickle_run_that_only_the_coordinator_may(tmp_path: Path) -> None:
+    """What a task is read with is decoded in the session of who has set it."""
+
+    async def build(ctx: worker.WorkerQueryContext) -> SessionContext:
+        return ctx.builder.with_python_udf_inlining("x-trusted" in ctx.headers).build()
+
+    trusted = (("x-trusted", "1"),)
+    head = repartition(_hashed_by(_trapped(Touch(tmp_path / "sprung")).projection.expr[0]))
+    async with running_worker(build) as at:
+        async with coordinated(at, plan_of([1, 2]), metadata=trusted) as task:
+            code, text = await refused_read(at, task.key, head=head)
+            assert (code, "trapped" in text) == (INVALID, True)
+            assert not (tmp_path / "sprung").exists()
+        # Nor where the reader is another task of the same worker.
+        below = task_key(stage=2)
+        above = task_key(query=below.query_id)
+        read = nodes_pb2.Stage(query_id=below.query_id, num=2, tasks=[nodes_pb2.Task(url_str=url(at))])
+        partitioning = plan_proto.Partitioning.FromString(head.partitioning)
+        reading = network("shuffle", schema_message(pa.schema({"x": pa.int64()})), partitioning, read)
+        async with (
+            coordinated(at, plan_of([1, 2]), key=below, metadata=trusted),
+            coordinated(at, reading, key=above) as task,
+        ):
+            code, text = await refused_read(at, task.key)
+            assert (code, "trapped" in text) == (INVALID, True)
+            assert not (tmp_path / "sprung").exists()
+        async with coordinated(at, plan_of([1, 2]), metadata=trusted) as task:
+            assert values((await task.read(range(1), head, trusted))[0]) == [1, 2]
+            assert (tmp_path / "sprung").exists()

@@ -39,11 +39,16 @@ def without_python_udfs(plan: bytes) -> bytes:
     if PYTHON_UDF_PREFIX not in plan:
         return plan
     message = plan_proto.parse(plan)
+    drop_python_udfs(message)
+    stripped: bytes = message.SerializeToString()
+    return stripped
+
+
+def drop_python_udfs(message: plan_proto.Message) -> None:
+    """Drops the pickled Python functions of a plan, or of a part of one that may call some."""
     for function in plan_proto.functions(message):
         if function.fun_definition.startswith(PYTHON_UDF_PREFIX):
             function.ClearField("fun_definition")
-    stripped: bytes = message.SerializeToString()
-    return stripped
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import TypeAlias
 from google.protobuf.message import DecodeError
 from google.protobuf.message import Message as ProtobufMessage
 
-from worker import plan_proto
+from worker import plan, plan_proto
 from worker.config import MEBIBYTE
 from worker.errors import InvalidPlan, InvalidRequest
 from worker.plan_proto import Message
@@ -186,6 +186,21 @@ def check_head(head: Head) -> None:
             return
     if partitions > MAX_PARTITIONS:
         raise InvalidRequest(f"the task's head has {partitions} partitions: {MAX_PARTITIONS} is the most")
+
+
+def without_python_udfs(head: Head) -> Head:
+    """A head whose pickled Python functions are dropped.
+
+    It is decoded in the session of who has set the task, which may have some run; who reads the task may not be.
+
+    Raises:
+        InvalidPlan: it is none.
+    """
+    if not isinstance(head, worker_pb2.RepartitionExecHead):
+        return head
+    partitioning = decoded(plan_proto.Partitioning, head.partitioning)
+    plan.drop_python_udfs(partitioning)
+    return worker_pb2.RepartitionExecHead(partitioning=partitioning.SerializeToString())
 
 
 def partition_count(partitioning: Message) -> int:

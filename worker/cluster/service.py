@@ -18,7 +18,7 @@ from worker.cluster.fetch import Source
 from worker.cluster.folder import ExchangeFolder
 from worker.cluster.intake import Store
 from worker.cluster.members import Members
-from worker.cluster.nodes import Head, Place, check_head
+from worker.cluster.nodes import Head, Place, check_head, without_python_udfs
 from worker.cluster.rewrite import Rewritten, rewrite
 from worker.cluster.settings import ClusterSettings, passed_on
 from worker.cluster.task import ClusterTask, Orders
@@ -139,7 +139,7 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
                 source = Source(
                     self._channels,
                     request.target_worker_url,
-                    self._own_output(query.principal),
+                    self._own_output(query.principal, query.builder.python_udf_inlining),
                     passed_on(query.headers),
                 )
                 folder = await self._tasks.in_thread_if(not self._folder.is_made, self._folder.new)
@@ -192,6 +192,8 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
         query = self._query_context(answered, context, task_index=key.task_number, task_count=0, stage_key=key)
         principal = query.principal
         await self._session_builder.admit(query)
+        if not query.builder.python_udf_inlining:
+            head = without_python_udfs(head)
         # A certificate says which worker reads, and not for whom. A session builder that names somebody does.
         is_known = "authorization" in query.headers or query.principal != principal
         task = await self._cluster_tasks.find(key, query.principal if is_known else None)
@@ -206,8 +208,10 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
                 schemas[partition] = schema
                 yield partition, self._requests.sent(answered, schema)
 
-    def _own_output(self, principal: str) -> Any:
+    def _own_output(self, principal: str, python_udf_inlining: bool) -> Any:
         async def output(key: StageKey, partitions: range, head: Head) -> AsyncGenerator[tuple[int, Message], None]:
+            if not python_udf_inlining:
+                head = without_python_udfs(head)
             task = await self._cluster_tasks.find(key, principal)
             async with aclosing(task.output(partitions, head, "none")) as messages:
                 async for partition, message in messages:
