@@ -38,11 +38,13 @@ from worker_service import (
 
 import worker
 from worker import plan_proto
+from worker.journal import Journal
 from worker.plan import schema_message
 from worker.plan_proto import Message
 from worker.policy import PlanAccess
 from worker.proto import Flight_pb2, nodes_pb2, observability_pb2, observability_pb2_grpc, plan_pb2, worker_pb2
 from worker.testing import RunningWorker, running_worker
+from worker.ticket import StageKey
 
 DENIED = grpc.StatusCode.PERMISSION_DENIED
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -230,6 +232,17 @@ async def test_keys_that_the_worker_makes_cannot_be_guessed() -> None:
     assert {key.version for key in keys} == {4}
 
 
+def test_nobody_has_the_plan_of_another_refused_for_what_their_own_has_done() -> None:
+    """Plans that ended the worker are refused whatever their query is, and whoever sends one says which that is."""
+    theirs = plan_of([1])
+    # As protobuf is read, sixteen bytes at the end of a plan can make another of it.
+    query = uuid.uuid4()
+    journal = Journal()
+    honest = journal.admit(theirs, StageKey.unique()).digest
+    assert journal.admit(theirs, None).digest == honest
+    assert journal.admit(theirs + query.bytes, StageKey(query)).digest != honest
+
+
 async def test_health_says_the_same_whatever_comes_as_a_token(tokens: worker.Settings) -> None:
     async with running_worker(settings=tokens) as at, grpc.aio.insecure_channel(at.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
@@ -370,14 +383,20 @@ async def test_no_other_name_of_a_file_leads_to_it(allowed: Path) -> None:
 
 
 async def test_files_that_are_open_are_not_read_by_their_numbers(tmp_path: Path) -> None:
-    """What somebody has deleted has no name, and no folder, but the kernel's link to it does."""
-    with (tmp_path / "deleted.csv").open("w+") as file:
-        file.write("a\n2\n")
-        file.flush()
+    """What was deleted has no name, and no folder, but the kernel's link to it has. Likewise memory that is shared."""
+    with (tmp_path / "deleted.csv").open("w+") as file, os.fdopen(os.memfd_create("shared"), "w+") as memory:
+        for each in (file, memory):
+            each.write("a\n2\n")
+            each.flush()
         (tmp_path / "deleted.csv").unlink()
-        number = file.fileno()
+        number, other = file.fileno(), memory.fileno()
         async with running(host="127.0.0.1") as at:
-            for path in (f"/proc/self/fd/{number}", f"/dev/fd/{number}", f"/proc/{os.getpid()}/fd/{number}"):
+            for path in (
+                f"/proc/self/fd/{number}",
+                f"/dev/fd/{number}",
+                f"/proc/{os.getpid()}/fd/{number}",
+                f"/proc/self/fd/{other}",
+            ):
                 assert await answer(at, scan(path)) == (
                     DENIED,
                     f"the plan's csv_scan names 'file://{path}', which is no regular file",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from worker.board import DIGEST_BYTES, ENTRIES, Board
 from worker.errors import PlanQuarantined
-from worker.ticket import StageKey
+from worker.ticket import QUERY_ID_BYTES, StageKey
 
 # Of so many plans, the partitions that were read to their end are known, until all of the plan's have been.
 PARTLY_READ = 1024
@@ -50,7 +50,8 @@ class Journal:
             PlanQuarantined: it is refused for now.
         """
         if key is not None:
-            plan = plan.replace(key.query_id.bytes, b"")
+            # By as many bytes: else some could be put into another's plan so that both are noted as one.
+            plan = plan.replace(key.query_id.bytes, bytes(QUERY_ID_BYTES))
         digest = hashlib.sha256(plan).digest()[:DIGEST_BYTES]
         until = self._board.refused_until(digest)
         if until is not None:
