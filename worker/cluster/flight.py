@@ -86,8 +86,7 @@ class FlightInput:
             WorkerError: a worker that it reads from failed.
         """
         # There was an attempt, whose input came in vain: whoever waited for it went away.
-        if self._store is not None:
-            await self._store.close()
+        await self._close_store()
         folder = self._exchange.folder
         self._store = store = Store(folder.new(), self._session, folder)
         try:
@@ -95,8 +94,7 @@ class FlightInput:
                 self._fetch_leaf(leaf, store, str(number)) for number, leaf in enumerate(self.rewritten.leaves)
             )
         except BaseException:
-            self._store = None
-            await store.close()
+            await self._close_store()
             raise
         # A copy, which may be changed: the leaves are parts of the other.
         fed: PlanMessage = PhysicalPlanNode()
@@ -105,9 +103,14 @@ class FlightInput:
 
     async def close(self) -> None:
         """Deletes what was fetched, and lets go of the session: errors keep frames that have this."""
-        if self._store is not None:
-            await self._store.close()
+        await self._close_store()
         del self._session
+
+    async def _close_store(self) -> None:
+        # A fetch that was cancelled closes it while the task does: the first to come takes it.
+        store, self._store = self._store, None
+        if store is not None:
+            await store.close()
 
     async def _fetch_leaf(self, leaf: Leaf, store: Store, name: str) -> None:
         intake = Intake(leaf.schema, leaf.partitions, store, name, self._exchange.tasks, HELD_BYTES)
