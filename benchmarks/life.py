@@ -9,6 +9,7 @@ from benchmarks.report import print_table
 from benchmarks.servers import Server
 from benchmarks.wire import LARGEST, DoGet, do_get, request
 from worker import PlanTicket, SessionStateBuilder, flight_data, plan, plan_ticket
+from worker.config import PlanLimits
 from worker.encode import Encoder
 from worker.partitionwise import make_partitions_independent
 
@@ -59,7 +60,7 @@ def _life(ticket: bytes) -> dict[str, float]:
     session = SessionStateBuilder().build()
     lap("session")
     plan_bytes = plan.without_python_udfs(request.plan)
-    message = plan.parse(plan_bytes).message
+    message = plan.parse(plan_bytes, PlanLimits()).message
     if make_partitions_independent(session, message):
         plan_bytes = message.SerializeToString()
     lap("check")

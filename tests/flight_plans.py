@@ -9,6 +9,7 @@ from datafusion import SessionContext
 from worker import plan, plan_proto
 from worker.cluster import flight_rewrite
 from worker.cluster.nodes import Place
+from worker.config import PlanLimits
 from worker.plan_proto import Message, PhysicalPlanNode
 from worker.proto import nodes_pb2, plan_pb2
 from worker.testing import RunningWorker
@@ -136,7 +137,7 @@ class Coordinator:
                 return all(map(self._can_be_spread, plan_proto.children(node)))
 
     def _upgraded(self, message: Message) -> bytes:
-        parsed = plan.parse(message.SerializeToString())
+        parsed = plan.parse(message.SerializeToString(), PlanLimits())
         plan.upgrade_filters(self._session, parsed.message)
         upgraded: bytes = parsed.message.SerializeToString()
         return upgraded

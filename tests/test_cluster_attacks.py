@@ -111,12 +111,62 @@ async def test_heads_with_more_partitions_than_can_be_are_refused(head: str) -> 
     async with running_worker() as running, connected(running) as service:
         call = await set_plan(service, numbers(), query)
         assert await status(read(service, query, HEADS[head], MANY)) == (
-            grpc.StatusCode.INVALID_ARGUMENT,
-            f"the task's head has {MANY} partitions: 65536 is the most",
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            f"the plan's repartition has {MANY} partitions: max_plan_partitions is 65536",
         )
         # The first who asks decides on the head: not if it was refused.
         assert await status(read(service, query)) == (grpc.StatusCode.OK, "")
         call.cancel()
+
+
+async def test_heads_are_checked_with_the_plan_below() -> None:
+    """Each partition below sends to each of the head's: 600 times 600 is more than 262,144."""
+    query = uuid.uuid4()
+    plan = PhysicalPlanNode()
+    plan.empty.schema.CopyFrom(schema_message(SCHEMA))
+    plan.empty.partitions = 600
+    async with running_worker() as running, connected(running) as service:
+        call = await set_plan(service, merged(plan), query)
+        head = worker_pb2.RepartitionExecHead(partitioning=Partitioning(round_robin=600).SerializeToString())
+        assert await status(read(service, query, head)) == (grpc.StatusCode.OK, "")
+        call.cancel()
+
+        query = uuid.uuid4()
+        call = await set_plan(service, plan, query)
+        assert await status(read(service, query, head)) == (
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "the plan has 360000 channels from partition to partition: max_plan_channels is 262144",
+        )
+        nul = Partitioning()
+        nul.hash.partition_count = 1
+        nul.hash.hash_expr.add().literal.null_value.TIMESTAMP.timezone = "\0"
+        head = worker_pb2.RepartitionExecHead(partitioning=nul.SerializeToString())
+        code, details = await status(read(service, query, head))
+        assert (code, details[:45]) == (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "the plan's repartition has the time zone '\\x0",
+        )
+        call.cancel()
+
+
+async def test_what_network_nodes_have_is_checked() -> None:
+    """Their bytes are none of DataFusion's, until they are put into its plan."""
+    schema = schema_message(SCHEMA)
+    schema.columns[0].arrow_type.FIXED_SIZE_LIST.list_size = (1 << 31) - 1
+    schema.columns[0].arrow_type.FIXED_SIZE_LIST.field_type.arrow_type.INT64.SetInParent()
+    leaf = network(["http://other"], uuid.uuid4(), schema=schema.SerializeToString())
+    async with running_worker() as running, connected(running) as service:
+        code, details = await refusal(service, merged(leaf))
+        assert code == "RESOURCE_EXHAUSTED"
+        assert details.startswith("the plan's empty has a type whose nulls take 17179869176 bytes: max_plan_value_size")
+        many = network(["http://other"], uuid.uuid4(), Partitioning(unknown=1 << 10).SerializeToString())
+        plan = PhysicalPlanNode()
+        plan.merge.input.repartition.partitioning.round_robin = 1 << 10
+        plan.merge.input.repartition.input.CopyFrom(many)
+        assert await refusal(service, plan) == (
+            "RESOURCE_EXHAUSTED",
+            "the plan has 1048576 channels from partition to partition: max_plan_channels is 262144",
+        )
 
 
 async def test_heads_that_are_none_are_refused_and_leave_the_task_as_it_was() -> None:

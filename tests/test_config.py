@@ -16,7 +16,7 @@ from worker.config import MEBIBYTE, usable_memory
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
-        if name.upper().startswith("WORKER_"):
+        if name.upper().startswith("WORKER_") or name == "RUST_MIN_STACK":
             monkeypatch.delenv(name)
 
 
@@ -29,6 +29,17 @@ def _command_line(*arguments: str) -> Settings:
 
 
 DEFAULTS = {
+    "allow_nodes": (),
+    "max_plan_nodes": 20_000,
+    "max_plan_partitions": 1 << 16,
+    "max_plan_channels": 1 << 18,
+    "max_plan_batch_size": 1 << 20,
+    "max_plan_value_size": 128 << 10,
+    "max_plan_data_size": 1 << 30,
+    "max_plan_operands": 1000,
+    "max_plan_conjuncts": 512,
+    "max_plan_columns": 10_000,
+    "max_plan_sort_columns": 1_000_000,
     "host": "127.0.0.1",
     "port": 8000,
     "supervisor": True,
@@ -77,6 +88,17 @@ def test_the_defaults_are_pinned(make: Callable[[], Settings]) -> None:
 
 # A setting, its text, and what it is then.
 VALUES = [
+    ("allow_nodes", "symmetric_hash_join,40", ("symmetric_hash_join", "40")),
+    ("max_plan_nodes", "100", 100),
+    ("max_plan_partitions", "100", 100),
+    ("max_plan_channels", "100", 100),
+    ("max_plan_batch_size", "8192", 8192),
+    ("max_plan_value_size", "1KiB", 1024),
+    ("max_plan_data_size", "1GB", 10**9),
+    ("max_plan_operands", "4000", 4000),
+    ("max_plan_conjuncts", "100", 100),
+    ("max_plan_columns", "100", 100),
+    ("max_plan_sort_columns", "100", 100),
     ("host", "0.0.0.0", "0.0.0.0"),
     ("port", "0", 0),
     ("supervisor", "false", False),

@@ -127,6 +127,7 @@ def test_the_exports_are_pinned() -> None:
         "PlanPolicy",
         "PlanQuarantined",
         "PlanTicket",
+        "PlanTooLarge",
         "QueryEnded",
         "QuotaExceeded",
         "ResourcesExhausted",

@@ -24,6 +24,7 @@ from support import RowNumber, Sum, Touch, as_of_51
 
 from worker import EnginePanicked, ExecutionFailed, InvalidPlan, ResourcesExhausted
 from worker import plan as plan_module
+from worker.config import PlanLimits
 from worker.plan import (
     PYTHON_UDF_PREFIX,
     decode,
@@ -515,7 +516,7 @@ def test_scans_and_filters_of_datafusion_51_mean_what_they_meant(parquet: Sessio
     planned = parquet.sql(query).execution_plan()
     old = as_of_51(parquet, planned.to_bytes())
 
-    parsed = plan_module.parse(old.SerializeToString())
+    parsed = plan_module.parse(old.SerializeToString(), PlanLimits())
     upgrade_filters(parquet, parsed.message)
 
     assert parsed.is_old
@@ -526,7 +527,7 @@ def test_scans_and_filters_of_datafusion_51_mean_what_they_meant(parquet: Sessio
 
 def test_a_plan_of_datafusion_55_is_not_changed(parquet: SessionContext) -> None:
     plan = parquet.sql("SELECT b FROM t WHERE c > 'x'").execution_plan().to_bytes()
-    parsed = plan_module.parse(plan)
+    parsed = plan_module.parse(plan, PlanLimits())
     assert not parsed.is_old
     assert parsed.message == parse(plan)
 
@@ -535,4 +536,4 @@ def test_a_scan_of_a_column_that_its_table_lacks_is_refused(parquet: SessionCont
     message = as_of_51(parquet, parquet.sql("SELECT b FROM t").execution_plan().to_bytes())
     message.parquet_scan.base_conf.projection[:] = [3]
     with pytest.raises(InvalidPlan, match="parquet_scan reads column 3 of 3"):
-        plan_module.parse(message.SerializeToString())
+        plan_module.parse(message.SerializeToString(), PlanLimits())

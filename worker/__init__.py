@@ -2,9 +2,9 @@
 
 Layers, each importing only from those before it: errors, message, ipc, allocator, exit, interrupt, ending, ports,
 board, engine_threads, quarantine; headers, ticket, config, output, logs, durations; files, tls, auth; journal,
-supervised; plan_proto, session, plan, policy, partitionwise; views, dictionaries, compact, compress, encode, decode,
-flight_data; stream; admission, watchdog, tasks; requests; servicer; cluster; service; server, metrics, client, testing,
-importer; child, supervisor, collector; serving; the command lines.
+supervised; plan_proto, check, session, plan, policy, partitionwise; views, dictionaries, compact, compress, encode,
+decode, flight_data; stream; admission, watchdog, tasks; requests; servicer; cluster; service; server, metrics, client,
+testing, importer; child, supervisor, collector; serving; the command lines.
 """
 
 from importlib import import_module
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         PermissionDenied,
         PlanNotSet,
         PlanQuarantined,
+        PlanTooLarge,
         QueryEnded,
         QuotaExceeded,
         ResourcesExhausted,
@@ -77,6 +78,7 @@ __all__ = [
     "PlanPolicy",
     "PlanQuarantined",
     "PlanTicket",
+    "PlanTooLarge",
     "QueryEnded",
     "QuotaExceeded",
     "ResourcesExhausted",

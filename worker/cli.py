@@ -13,7 +13,7 @@ from pydantic import ByteSize, ValidationError
 from worker import collector, logs
 from worker.allocator import engine_environment, restart_with
 from worker.board import VARIABLE
-from worker.config import Settings, UnfitSettings, usable_memory
+from worker.config import PlanLimits, Settings, UnfitSettings, usable_memory
 from worker.exit import end
 from worker.logs import Event
 from worker.supervisor import Supervisor
@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Every option may be given as an environment variable too: WORKER_PORT for --port, and so on.",
         allow_abbrev=False,
     )
+    limits = parser.add_argument_group("limits of plans")
     for name, field in Settings.model_fields.items():
         default = field.default.human_readable() if isinstance(field.default, ByteSize) else field.default
         shown = "" if field.default_factory or default is None else f" (default: {default})"
@@ -89,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
             kind = {"action": argparse.BooleanOptionalAction}
         elif get_origin(field.annotation) is tuple:
             kind["action"] = _Joined
-        parser.add_argument(
+        (limits if name in PlanLimits.model_fields else parser).add_argument(
             _option(name), default=argparse.SUPPRESS, help=f"{field.description}{shown}".replace("%", "%%"), **kind
         )
     return parser

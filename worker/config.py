@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BeforeValidator, ByteSize, DirectoryPath, Field, FilePath, TypeAdapter
+from pydantic import BaseModel, BeforeValidator, ByteSize, DirectoryPath, Field, FilePath, TypeAdapter
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from worker.allocator import THREAD_STACK
 
 MEBIBYTE = 1 << 20
 
@@ -59,7 +61,87 @@ class UnfitSettings(Exception):
     """Settings that do not go together, or a file that one of them names is of no use."""
 
 
-class Settings(BaseSettings):
+def _max_operands() -> int:
+    """What fits into the stacks of DataFusion's threads, and with large ones what is executed within seconds.
+
+    Those are of 2 MiB unless a variable says otherwise.
+    """
+    variable, large = THREAD_STACK
+    stack = os.environ.get(variable, "")
+    return 4000 if stack.isdecimal() and int(stack) >= int(large) else 1000
+
+
+class PlanLimits(BaseModel):
+    """What a plan may hold, beside its size (``worker/check.py``).
+
+    DataFusion believes the numbers in a plan, and sets memory aside for them; where there is not so much, the process
+    ends. Beyond other numbers a plan takes seconds or minutes to decode, with the GIL held.
+    """
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid")
+
+    allow_nodes: Annotated[tuple[str, ...], NoDecode, BY_COMMAS] = Field(
+        default_factory=tuple,
+        description="kinds of plan nodes, by their names or numbers in DataFusion's protobuf, that are let through "
+        "although the check of plans does not know them",
+    )
+    max_plan_nodes: int = Field(
+        default=20_000, gt=0, description="the most nodes of a plan: those of a union are compared with each other"
+    )
+    max_plan_partitions: int = Field(
+        default=1 << 16,
+        gt=0,
+        description="the most partitions of a node of a plan: each costs some kilobytes, read or not",
+    )
+    max_plan_channels: int = Field(
+        default=1 << 18,
+        gt=0,
+        description="the most channels of a plan's repartitionings, partitions in times partitions out: "
+        "each takes half a kilobyte",
+    )
+    max_plan_batch_size: int = Field(
+        default=1 << 20,
+        gt=0,
+        description="the most rows that a node of a plan may set memory aside for: batch sizes, and the limits of "
+        "aggregations",
+    )
+    max_plan_value_size: Bytes = Field(
+        default=ByteSize(128 * 1024),
+        gt=0,
+        description="the largest value of a fixed size: a null takes as much, for every row",
+    )
+    max_plan_data_size: Bytes = Field(
+        default=ByteSize(1024 * MEBIBYTE),
+        gt=0,
+        description="the most Arrow data inside of a plan, once it is decompressed: some hundred bytes can stand for "
+        "megabytes",
+    )
+    max_plan_operands: int = Field(
+        default_factory=_max_operands,
+        gt=0,
+        description="the most operands in a row, such as those of OR: DataFusion's stacks are as deep as they are many "
+        "(1000, and 4000 if RUST_MIN_STACK is 128 MiB or more, unless set)",
+    )
+    max_plan_conjuncts: int = Field(
+        default=512,
+        gt=0,
+        description="the same for operators other than OR, the time of which to decode grows with the cube; several "
+        "count as one of the root of their squares' sum",
+    )
+    max_plan_columns: int = Field(
+        default=10_000,
+        gt=0,
+        description="the most columns of a node of a plan, and sort keys of a plan: they are compared with each other",
+    )
+    max_plan_sort_columns: int = Field(
+        default=1_000_000,
+        gt=0,
+        description="the most of a plan's sort keys times its columns that have a new name: each is looked for "
+        "among the others, and 1,000,000 are 2 s of decoding",
+    )
+
+
+class Settings(PlanLimits, BaseSettings):
     """Every setting by its one name: ``Settings(idle_time=5)``, ``WORKER_IDLE_TIME=5``, ``--idle-time 5``.
 
     What is true or false is a flag on the command line: ``--reflection`` or ``--no-reflection``.

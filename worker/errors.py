@@ -8,6 +8,7 @@
     │   └── PartitionOutOfRange  INVALID_ARGUMENT     a partition that the plan does not have
     ├── StageKeyConflict         FAILED_PRECONDITION  a stage key that stands for another plan
     ├── PlanQuarantined      FAILED_PRECONDITION  a plan that has ended the worker more than once
+    ├── PlanTooLarge             RESOURCE_EXHAUSTED   a plan that has more of something than a limit allows
     ├── ResponseTooLarge         RESOURCE_EXHAUSTED   an answer beyond a limit of this worker
     ├── ResourcesExhausted       RESOURCE_EXHAUSTED   DataFusion ran out of its memory pool or disk
     ├── WorkerBusy               RESOURCE_EXHAUSTED   no place for the task or stream; a retry makes sense
@@ -70,6 +71,12 @@ class PlanQuarantined(WorkerError):
     """The plan has ended the worker more than once, and is refused for a while."""
 
     status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class PlanTooLarge(WorkerError):
+    """The plan has more of something than a setting of this worker allows."""
+
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 class ResponseTooLarge(WorkerError):

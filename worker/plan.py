@@ -9,6 +9,8 @@ import pyarrow as pa
 from datafusion import ExecutionPlan, SessionContext
 
 from worker import plan_proto
+from worker.check import check
+from worker.config import MEBIBYTE, PlanLimits
 from worker.errors import EnginePanicked, ExecutionFailed, InvalidPlan, ResourcesExhausted, WorkerError
 
 # How DataFusion's Python package begins a pickled function: DFPYUDF, DFPYUDA, DFPYUDW by its kind.
@@ -27,6 +29,8 @@ _PYTHON_ERROR = re.compile(
 )
 # How many rows a filter puts together, where the plan does not say (DataFusion's ``FILTER_EXEC_DEFAULT_BATCH_SIZE``).
 _FILTER_BATCH_SIZE = 8192
+# What columns' names may take that old scans get: they say columns by number, and one name may be any long.
+_UPGRADE_BYTES = 32 * MEBIBYTE
 _SINK_SCHEMA = pa.schema([pa.field("count", pa.uint64(), nullable=False)])
 
 
@@ -56,22 +60,29 @@ class ParsedPlan:
     """A plan as protobuf, and what a walk through it has found."""
 
     message: plan_proto.Message
+    data: bytes
+    """What was checked, as it came but for the fields of other versions and for what can be written in several ways."""
     has_extensions: bool
     """Whether it has nodes that only a codec knows."""
     is_old: bool
     """Whether DataFusion 51 has made it. All but its filters is upgraded already; ``upgrade_filters`` does those."""
 
 
-def parse(plan: bytes) -> ParsedPlan:
-    """The plan as protobuf. What DataFusion 51 said in another way is said as DataFusion 55 expects it.
+def parse(plan: bytes, limits: PlanLimits) -> ParsedPlan:
+    """The plan as protobuf, checked. What DataFusion 51 said in another way is said as DataFusion 55 expects it.
 
     The columns that a scan reads stood in a field that is not looked at any more, so that all of them would be read;
     and grouping sets were told from plain groups by what they have.
 
     Raises:
-        InvalidPlan: the bytes are no plan, or a scan reads a column that its table does not have.
+        InvalidPlan: the bytes are no plan, a scan reads a column that its table does not have, or as ``check``.
+        PlanTooLarge: as ``check``.
     """
     message = plan_proto.parse(plan)
+    check(message, limits)
+    # Nothing but what was checked is decoded: another reader of protobuf might read something else in the bytes.
+    data = message.SerializeToString()
+    added = 0
     has_extensions = is_old = False
     for node in plan_proto.nodes(message):
         kind = plan_proto.kind(node)
@@ -88,18 +99,27 @@ def parse(plan: bytes) -> ParsedPlan:
             # Sources of DataFusion 55 always say what they read.
             if not scan.HasField("projection_exprs"):
                 is_old = True
-                _upgrade_scan(kind, scan)
-    return ParsedPlan(message, has_extensions, is_old)
+                added += _upgrade_scan(kind, scan, _UPGRADE_BYTES - added)
+    return ParsedPlan(message, data, has_extensions, is_old)
 
 
-def _upgrade_scan(kind: str, scan: plan_proto.Message) -> None:
+def _upgrade_scan(kind: str, scan: plan_proto.Message, most: int) -> int:
+    """Says by name what a scan reads, and returns how many bytes of names that is."""
     scan.projection_exprs.SetInParent()
+    size = 0
     for index in scan.projection:
         if index >= len(scan.schema.columns):
             raise InvalidPlan(f"the plan's {kind} reads column {index} of {len(scan.schema.columns)}")
+        size += 2 * len(scan.schema.columns[index].name)
+        if size > most:
+            raise InvalidPlan(
+                f"the names of the columns that the plan's scans read take more than {_UPGRADE_BYTES} bytes: this "
+                "worker takes such plans of DataFusion 55 only"
+            )
         projected = scan.projection_exprs.projections.add()
         projected.alias = projected.expr.column.name = scan.schema.columns[index].name
         projected.expr.column.index = index
+    return size
 
 
 def upgrade_filters(session: SessionContext, message: plan_proto.Message) -> None:

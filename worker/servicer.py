@@ -108,7 +108,11 @@ class Servicer:
             max_wait=self._settings.max_wait,
         )
         self._tasks = Tasks(
-            self._settings.idle_time, admission, max_streams=self._settings.max_streams, journal=journal
+            self._settings.idle_time,
+            self._settings,
+            admission,
+            max_streams=self._settings.max_streams,
+            journal=journal,
         )
         self._principal_key = secrets.token_bytes(32)
         self._requests = Requests()

@@ -1,6 +1,7 @@
 """Tasks: one instance of a plan each, found by who asks and by stage key, and the streams of their partitions."""
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from datafusion import ExecutionPlan, RecordBatchStream, SessionContext
 
 from worker import plan, plan_proto
 from worker.admission import Admission, Claim, Demand
+from worker.config import MEBIBYTE, PlanLimits
 from worker.durations import Durations, Histogram
 from worker.encode import Encoder
 from worker.ending import end, this_request
@@ -31,6 +33,10 @@ T = TypeVar("T")
 # Decoding holds the GIL, so that more threads make nothing faster. ``execute`` waits for a free thread of DataFusion's
 # runtime; while other plans keep those busy for long, nothing that is decoded behind it could run either.
 THREADS = 8
+
+# Bytes of their stacks. Chains of operands are flat in a plan, and as deep as they are long in what is decoded. As much
+# memory is used as there is of calls.
+STACK = 512 * MEBIBYTE
 
 # Plans of up to so many bytes are decoded on the event loop: a thread would hold the GIL, and the loop with it, for as
 # long (0.1 to 0.5 ms), and to get there and back takes longer than that.
@@ -277,17 +283,25 @@ class Tasks:
     """The tasks of a worker. Each ends when all its partitions were asked for, or when it has been idle for a while."""
 
     def __init__(
-        self, idle_time: float, admission: Admission, *, max_streams: int, journal: Journal | None = None
+        self,
+        idle_time: float,
+        limits: PlanLimits,
+        admission: Admission,
+        *,
+        max_streams: int,
+        journal: Journal | None = None,
     ) -> None:
         """
         Args:
             idle_time: seconds after which a task that nobody uses is forgotten.
+            limits: what a plan may hold.
             admission: says which tasks run at the same time.
             max_streams: how many partitions are executed and read at the same time.
             journal: where it is noted which plans run.
         """
         self.journal = journal or Journal()
         self._idle_time = idle_time
+        self.limits = limits
         self._admission = admission
         self._max_streams = max_streams
         self._places_taken = 0
@@ -504,7 +518,13 @@ class Tasks:
         """
         if self._closed:
             raise Unavailable("the worker was closed")
-        return asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+        loop = asyncio.get_running_loop()
+        # A thread is started in here, if it is.
+        usual = threading.stack_size(STACK)
+        try:
+            return loop.run_in_executor(self._threads, function, *arguments)
+        finally:
+            threading.stack_size(usual)
 
     async def in_thread_if(self, takes_long: bool, function: Callable[..., T], *arguments: Any) -> T:
         """What a function returns, called here unless that would keep the event loop for long.
@@ -683,9 +703,8 @@ class Tasks:
         def prepare() -> Task:
             noted = self.journal.admit(ticket.plan, ticket.stage_key)
             with self.journal.decoding(noted):
-                return Task(
-                    self, noted, session, *self.timed(_prepare, session, ticket.plan, python_udf_inlining, rewrite)
-                )
+                prepared = self.timed(_prepare, session, ticket.plan, self.limits, python_udf_inlining, rewrite)
+                return Task(self, noted, session, *prepared)
 
         # A function that is unpickled may do anything, and for long.
         if len(ticket.plan) <= SMALL_PLAN and not python_udf_inlining:
@@ -740,12 +759,16 @@ def _made_already() -> asyncio.Future[Task]:
 
 
 def _prepare(
-    session: SessionContext, plan_bytes: bytes, python_udf_inlining: bool, rewrite: Rewrite | None
+    session: SessionContext,
+    plan_bytes: bytes,
+    limits: PlanLimits,
+    python_udf_inlining: bool,
+    rewrite: Rewrite | None,
 ) -> tuple[Decoded, Input | None]:
     # Dropping the pickles makes the names be looked up; the session makes sure that none is unpickled.
     if not python_udf_inlining:
         plan_bytes = plan.without_python_udfs(plan_bytes)
-    parsed = plan.parse(plan_bytes)
+    parsed = plan.parse(plan_bytes, limits)
     plan_input = rewrite(session, parsed.message) if parsed.has_extensions and rewrite else None
     if parsed.is_old:
         plan.upgrade_filters(session, parsed.message)
@@ -753,7 +776,7 @@ def _prepare(
         without_rows = parsed.message.SerializeToString()
         return Decoded(without_rows, without_rows, plan.decode(session, without_rows)), plan_input
     is_changed = parsed.is_old or plan_input is not None
-    return _decode(session, parsed.message, None if is_changed else plan_bytes), plan_input
+    return _decode(session, parsed.message, None if is_changed else parsed.data), plan_input
 
 
 def _is_streaming(plan_bytes: bytes) -> bool:

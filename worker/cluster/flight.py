@@ -9,6 +9,7 @@ from datafusion import SessionContext
 from google.protobuf.message import DecodeError
 
 from worker import flight_data, output, plan
+from worker.check import check
 from worker.cluster import flight_rewrite, metrics
 from worker.cluster.channels import Channels
 from worker.cluster.fetch import received, upstream_errors
@@ -16,7 +17,7 @@ from worker.cluster.folder import ExchangeFolder
 from worker.cluster.intake import Intake, Store
 from worker.cluster.merge import together
 from worker.cluster.nodes import Leaf, Place, Read
-from worker.cluster.rewrite import Origin, Rewritten, executed
+from worker.cluster.rewrite import Origin, Rewritten, check_rewritten, executed
 from worker.cluster.settings import passed_on
 from worker.cluster.task import HELD_BYTES
 from worker.errors import InvalidRequest
@@ -46,13 +47,16 @@ class Exchange:
 
     def _rewrite(self, ticket: PlanTicket, headers: Headers, session: SessionContext, message: PlanMessage) -> Input:
         def count_partitions(part: PlanMessage) -> int:
+            check(part, limits)
             plan.upgrade_filters(session, part)
             return plan.decode(session, part.SerializeToString()).partition_count
 
+        limits = self.tasks.limits
         # A client that is no coordinator does not say which task it is.
         place = Place(ticket.task_index, max(1, ticket.task_count))
         is_coordinated = ticket.task_count > 0
         rewritten = flight_rewrite.rewrite(message, place, count_partitions, is_coordinated=is_coordinated)
+        check_rewritten(rewritten, limits)
         return FlightInput(self, session, rewritten, _passed_on(headers))
 
 

@@ -9,7 +9,8 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message import Message as ProtobufMessage
 
 from worker import plan, plan_proto
-from worker.config import MEBIBYTE
+from worker.check import check_partitioning
+from worker.config import MEBIBYTE, PlanLimits
 from worker.errors import InvalidPlan, InvalidRequest
 from worker.plan_proto import Message
 from worker.proto import nodes_pb2, worker_pb2
@@ -129,7 +130,7 @@ def leaf(node: Message, kind: str, network: nodes_pb2.Network, place: Place, *, 
         InvalidPlan: the node makes no sense.
     """
     partitioning = decoded(plan_proto.Partitioning, network.partitioning)
-    partitions = partition_count(partitioning)
+    partitions = plan_proto.partition_count(partitioning)
     stage = network.input_stage
     if len(stage.query_id) != QUERY_ID_BYTES or not stage.tasks or not partitions or place.index >= place.count:
         raise InvalidPlan(
@@ -168,24 +169,27 @@ def decoded(kind: Message, data: bytes) -> Message:
         raise InvalidPlan(f"{len(data)} bytes of the plan are not a {kind.DESCRIPTOR.full_name}") from error
 
 
-def check_head(head: Head) -> None:
+def check_head(head: Head, inputs: int, limits: PlanLimits) -> None:
     """Looks at a head before a task gets it, which it then has for good.
 
+    Args:
+        head: what is to stand above the plan.
+        inputs: how many partitions the plan has at most.
+        limits: what a plan may hold, of which it is a part.
+
     Raises:
-        InvalidRequest: it is none, or has too many partitions.
+        InvalidRequest: it is none.
+        InvalidPlan, PlanTooLarge: as ``check``.
     """
     match head:
         case worker_pb2.RepartitionExecHead():
             partitioning = decoded(plan_proto.Partitioning, head.partitioning)
             if partitioning.WhichOneof("partition_method") is None:
                 raise InvalidRequest("the task's head has no partitioning: it must be a datafusion.Partitioning")
-            partitions = partition_count(partitioning)
+            check_partitioning(partitioning, inputs, limits)
         case worker_pb2.BroadcastExecHead():
-            partitions = head.output_partitions
-        case _:
-            return
-    if partitions > MAX_PARTITIONS:
-        raise InvalidRequest(f"the task's head has {partitions} partitions: {MAX_PARTITIONS} is the most")
+            # It is none of DataFusion's nodes: every so many partitions are those of the plan again.
+            check_partitioning(plan_proto.Partitioning(unknown=head.output_partitions), 1, limits)
 
 
 def without_python_udfs(head: Head) -> Head:
@@ -201,19 +205,6 @@ def without_python_udfs(head: Head) -> Head:
     partitioning = decoded(plan_proto.Partitioning, head.partitioning)
     plan.drop_python_udfs(partitioning)
     return worker_pb2.RepartitionExecHead(partitioning=partitioning.SerializeToString())
-
-
-def partition_count(partitioning: Message) -> int:
-    """How many partitions a ``datafusion.Partitioning`` has."""
-    match partitioning.WhichOneof("partition_method"):
-        case "hash":
-            return int(partitioning.hash.partition_count)
-        case "range":
-            return len(partitioning.range.split_point) + 1
-        case None:
-            return 0
-        case method:
-            return int(getattr(partitioning, method))
 
 
 def _coalesced(stage: nodes_pb2.Stage, partitions: int, place: Place) -> Iterator[Read]:

@@ -11,7 +11,9 @@ from typing import TypeAlias
 from datafusion import ExecutionPlan
 
 from worker import plan, plan_proto
+from worker.check import check, check_partitioning
 from worker.cluster.nodes import MAX_COPIES, MAX_PARTITIONS, Head, Leaf, Place, distributed_kind, leaf, parse
+from worker.config import PlanLimits
 from worker.errors import InvalidPlan
 from worker.plan_proto import Message
 from worker.proto import nodes_pb2, worker_pb2
@@ -41,6 +43,8 @@ class Rewritten:
 
     plan: Message
     """The head that the coordinator planned with is left out, as is a sampler below it."""
+    partitions: int = 0
+    """How many partitions it has at most."""
     leaves: list[Leaf] = field(default_factory=list)
     origins: Origins = field(default_factory=list)
     is_sampled: bool = False
@@ -63,6 +67,18 @@ def rewrite(message: Message, place: Place, count_partitions: Callable[[Message]
     rewritten.is_sampled = distributed_kind(message) == "sampler"
     Rewriter(rewritten, count_partitions, parse).rewrite(message, place)
     return rewritten
+
+
+def check_rewritten(rewritten: Rewritten, limits: PlanLimits) -> None:
+    """Looks at a plan again, now that it has what was in nodes that are none of DataFusion's.
+
+    Raises:
+        InvalidPlan, PlanTooLarge: as ``check``.
+    """
+    rewritten.partitions = check(rewritten.plan, limits)
+    for read in rewritten.leaves:
+        # It is put into the plan with the input.
+        check_partitioning(read.partitioning, 1, limits)
 
 
 def with_head(message: Message, head: Head) -> tuple[Message, Origins]:

@@ -13,17 +13,18 @@ from datafusion import SessionContext
 from google.protobuf.message import DecodeError
 
 from worker import flight_data, plan
+from worker.check import check
 from worker.cluster.channels import Channels
 from worker.cluster.fetch import Source
 from worker.cluster.folder import ExchangeFolder
 from worker.cluster.intake import Store
 from worker.cluster.members import Members
-from worker.cluster.nodes import Head, Place, check_head, without_python_udfs
-from worker.cluster.rewrite import Rewritten, rewrite
+from worker.cluster.nodes import Head, Place, without_python_udfs
+from worker.cluster.rewrite import Rewritten, check_rewritten, rewrite
 from worker.cluster.settings import ClusterSettings, passed_on
 from worker.cluster.task import ClusterTask, Orders
 from worker.cluster.tasks import ClusterTasks
-from worker.config import Settings
+from worker.config import PlanLimits, Settings
 from worker.ending import end, this_request
 from worker.errors import FailedPrecondition, InvalidPlan, InvalidRequest
 from worker.journal import Journal, Noted
@@ -129,6 +130,7 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
                     session,
                     request.plan_proto,
                     place,
+                    self._settings,
                     query.builder.python_udf_inlining,
                 )
                 reads = [read for leaf in rewritten.leaves for read in leaf.reads]
@@ -261,6 +263,7 @@ def _rewritten(
     session: SessionContext,
     plan_bytes: bytes,
     place: Place,
+    limits: PlanLimits,
     python_udf_inlining: bool,
 ) -> tuple[Noted, Rewritten]:
     noted = journal.admit(plan_bytes, key)
@@ -268,10 +271,13 @@ def _rewritten(
         plan_bytes = plan.without_python_udfs(plan_bytes)
 
     def count_partitions(part: PlanMessage) -> int:
+        check(part, limits)
         return plan.decode(session, part.SerializeToString()).partition_count
 
     with journal.decoding(noted):
-        return noted, rewrite(plan.parse(plan_bytes).message, place, count_partitions)
+        rewritten = rewrite(plan.parse(plan_bytes, limits).message, place, count_partitions)
+        check_rewritten(rewritten, limits)
+        return noted, rewritten
 
 
 def _stage_key(key: worker_pb2.TaskKey) -> StageKey:
@@ -287,7 +293,6 @@ def _head(request: worker_pb2.ExecuteTaskRequest) -> Head:
     if name is None:
         raise InvalidRequest("the request has no producer_head: none, broadcast or repartition is right")
     head: Head = getattr(request, name)
-    check_head(head)
     return head
 
 

@@ -16,7 +16,7 @@ from worker.cluster.intake import Intake, Store
 from worker.cluster.load import Load
 from worker.cluster.merge import Replay, interleaved, together
 from worker.cluster.metrics import NetworkFigures
-from worker.cluster.nodes import Head, Leaf
+from worker.cluster.nodes import Head, Leaf, check_head
 from worker.cluster.rewrite import Origin, Origins, Rewritten, executed, with_head
 from worker.cluster.settings import ClusterSettings
 from worker.config import MEBIBYTE, Compression
@@ -110,6 +110,7 @@ class ClusterTask:
             compression: what bodies are compressed with.
 
         Raises:
+            InvalidRequest, InvalidPlan, PlanTooLarge: the head makes no sense, or is too large for the plan.
             PartitionOutOfRange: the plan has no such partition.
             FailedPrecondition: one of them was asked for before.
             QueryEnded: the coordinator ended the query.
@@ -117,6 +118,7 @@ class ClusterTask:
         """
         try:
             if self._output is None and not self._closed:
+                check_head(head, self._rewritten.partitions, self._tasks.limits)
                 self._head = head
                 self._output = self._own(self._prepare(head))
             instance, count = await self._has(self._output)
