@@ -37,11 +37,21 @@ def one_row() -> bytes:
 
 def tpch_query() -> bytes:
     """TPC-H's q5, six tables joined, over next to no rows: what is left is the plan's own weight."""
+    return tpch_plans(5)["q5"]
+
+
+def tpch_plans(*numbers: int) -> dict[str, bytes]:
+    """TPC-H's queries of some numbers, or all, with 4 target partitions, over next to no rows."""
     session = _session(4)
     for file in _tables("0.01").iterdir():
         session.register_parquet(file.stem, file)
-    query = (ROOT / "tests" / "data" / "tpch" / "q5.sql").read_text().partition(";")[0]
-    return session.sql(query).execution_plan().to_bytes()
+    plans = {}
+    for number in numbers or range(1, 23):
+        for statement in (ROOT / "tests" / "data" / "tpch" / f"q{number}.sql").read_text().split(";"):
+            frame = session.sql(statement) if statement.strip() else None
+            if frame is not None and not statement.strip().startswith(("create", "drop")):
+                plans[f"q{number}"] = frame.execution_plan().to_bytes()
+    return plans
 
 
 def floats(rows: int, batch_size: int, target: float = 1) -> Case:

@@ -20,6 +20,7 @@ _EXPRESSION = "datafusion.PhysicalExprNode"
 _BINARY = "datafusion.PhysicalBinaryExprNode"
 _SORT_KEY = "datafusion.PhysicalSortExprNode"
 _STATISTICS = "datafusion_common.Statistics"
+_FIELD = "datafusion_common.Field"
 _TYPE = "datafusion_common.ArrowType"
 _VALUE = "datafusion_common.ScalarValue"
 _LOOKED_AT = frozenset({_NODE, _BINARY, _SORT_KEY, _TYPE, _VALUE})
@@ -181,6 +182,7 @@ class _Check:
             _BINARY: self._binary,
             _SORT_KEY: self._sort_key,
             _STATISTICS: self._statistics,
+            _FIELD: self._field,
             _TYPE: self._type,
             _VALUE: self._value,
         }
@@ -314,6 +316,10 @@ class _Check:
                 f"{what} of the plan's {self._kind} is no Arrow data, or more than is left of max_plan_data_size "
                 f"({int(limit)}): {error}"
             ) from error
+
+    def _field(self, field: Message) -> int:
+        # Its children are what types had before they had fields of their own; DataFusion does not look at them.
+        return self._type(field.arrow_type)
 
     def _type(self, type_: Message) -> int:
         self._bytes_of(type_)
