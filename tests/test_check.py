@@ -239,6 +239,11 @@ def _null_binary(session: SessionContext, size: int) -> Message:
     return literal(fill)
 
 
+def _list_of_empty_structs(value: Message) -> None:
+    fixed_size_list(value.null_value, (1 << 31) - 1)
+    value.null_value.FIXED_SIZE_LIST.field_type.arrow_type.STRUCT.SetInParent()
+
+
 def _binary(session: SessionContext, size: int) -> Message:
     def fill(value: Message) -> None:
         value.fixed_size_binary_value.values = bytes(size)
@@ -332,6 +337,16 @@ KILLERS: dict[str, tuple[Callable[[SessionContext], Message], str]] = {
     "lists of lists": (
         lambda session: literal(lambda value: fixed_size_list(value.null_value, 1 << 12, 1 << 12, 1 << 12)),
         f"RESOURCE_EXHAUSTED: the plan's projection has a type whose nulls take {1 << 27} bytes: "
+        "max_plan_value_size is 131072",
+    ),
+    "a list of nothing": (
+        lambda session: literal(lambda value: fixed_size_list(value.null_value, (1 << 31) - 1, 0)),
+        f"RESOURCE_EXHAUSTED: the plan's projection has a type whose nulls take {((1 << 31) - 1) * 8} bytes: "
+        "max_plan_value_size is 131072",
+    ),
+    "a list of structs without fields": (
+        lambda session: literal(_list_of_empty_structs),
+        f"RESOURCE_EXHAUSTED: the plan's projection has a type whose nulls take {(1 << 31) - 1} bytes: "
         "max_plan_value_size is 131072",
     ),
     "a chain of operands": (

@@ -159,6 +159,11 @@ async def test_what_network_nodes_have_is_checked() -> None:
         code, details = await refusal(service, merged(leaf))
         assert code == "RESOURCE_EXHAUSTED"
         assert details.startswith("the plan's empty has a type whose nulls take 17179869176 bytes: max_plan_value_size")
+        nul = Partitioning()
+        nul.hash.partition_count = 1
+        nul.hash.hash_expr.add().literal.null_value.TIMESTAMP.timezone = "\0"
+        code, details = await refusal(service, merged(network(["http://other"], uuid.uuid4(), nul.SerializeToString())))
+        assert (code, details[:45]) == ("INVALID_ARGUMENT", "the plan's repartition has the time zone '\\x0")
         many = network(["http://other"], uuid.uuid4(), Partitioning(unknown=1 << 10).SerializeToString())
         plan = PhysicalPlanNode()
         plan.merge.input.repartition.partitioning.round_robin = 1 << 10

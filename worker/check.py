@@ -346,8 +346,10 @@ class _Check:
     def _width(self, count: int, each: int) -> int:
         if count < 0:
             raise InvalidPlan(f"the plan's {self._kind} has a type of fixed size {count}")
-        self._at_most(count * each, "max_plan_value_size", "the plan's {kind} has a type whose nulls take {} bytes")
-        return count * each
+        # What is empty still takes something, and there may be many in it or of it.
+        size = max(count, 1) * max(each, 1)
+        self._at_most(size, "max_plan_value_size", "the plan's {kind} has a type whose nulls take {} bytes")
+        return size
 
     def _time_zone(self, name: str) -> None:
         # It ends the process as soon as Python gets such a column.
