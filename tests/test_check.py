@@ -108,12 +108,13 @@ def test_every_kind_of_nodes_is_in_the_table() -> None:
 
 def test_the_fields_in_the_table_are_there() -> None:
     for name, known in KINDS.items():
-        for path in (*known.columns, *filter(None, [known.rows])):
+        repeated = {*known.columns, *filter(None, [known.conditions])}
+        for path in (*repeated, *filter(None, [known.rows])):
             descriptor = PhysicalPlanNode().DESCRIPTOR.fields_by_name[name].message_type
             *outer, last = path.split(".")
             for part in outer:
                 descriptor = descriptor.fields_by_name[part].message_type
-            assert descriptor.fields_by_name[last].is_repeated == (path in known.columns)
+            assert descriptor.fields_by_name[last].is_repeated == (path in repeated)
         assert not known.aliases or known.aliases in known.columns
 
 
@@ -260,6 +261,13 @@ def _ands(session: SessionContext, length: int) -> Message:
     return chain(session, "And", length)
 
 
+def _join(session: SessionContext, keys: int) -> Message:
+    made = planned(session, "SELECT a.x FROM t AS a JOIN t AS b ON a.x = b.x")
+    join = only(made, "hash_join")
+    join.on.extend([join.on[0]] * (keys - 1))
+    return made
+
+
 # The setting, its value, what makes a plan of a size, the largest size that is right, and how many rows it has then.
 LIMITS = [
     ("max_plan_nodes", 9, _union, 8, 24),
@@ -280,6 +288,7 @@ LIMITS = [
     ("max_plan_value_size", 8, _binary, 8, 1),
     ("max_plan_operands", 8 + 2, _ors, 8, 3),
     ("max_plan_conjuncts", 16, _ands, 16, 3),
+    ("max_plan_conjuncts", 16, _join, 16, 3),
     ("max_plan_columns", 8, _columns, 8, 3),
     ("max_plan_columns", 8, _sort_keys, 8, 3),
     ("max_plan_sort_columns", 80, _sort_columns, 8, 3),

@@ -89,6 +89,8 @@ class Kind:
     """The repeated fields that have something for each column."""
     aliases: str = ""
     """The one of these that has new names for columns."""
+    conditions: str = ""
+    """The repeated field whose conditions all have to hold."""
     has_channels: bool = False
     """Whether it has a channel from each partition of its input to each of its own."""
 
@@ -120,7 +122,7 @@ KINDS: Mapping[str, Kind] = {
     "filter": Kind(rows="batch_size", columns=("projection",)),
     "generate_series": Kind(_one, rows="target_batch_size", least_rows=1),
     "global_limit": Kind(_one),
-    "hash_join": Kind(columns=("on", "projection")),
+    "hash_join": Kind(columns=("projection",), conditions="on"),
     "interleave": Kind(),
     "json_scan": _SCAN,
     "json_sink": _SINK,
@@ -135,9 +137,9 @@ KINDS: Mapping[str, Kind] = {
     "repartition": Kind(_repartitioned, has_channels=True),
     "scalar_subquery": Kind(),
     "sort": Kind(_sorted),
-    "sort_merge_join": Kind(columns=("on",)),
+    "sort_merge_join": Kind(conditions="on"),
     "sort_preserving_merge": Kind(_one),
-    "symmetric_hash_join": Kind(columns=("on",)),
+    "symmetric_hash_join": Kind(conditions="on"),
     "union": Kind(_sum),
     "unnest": Kind(columns=("schema.columns", "list_type_columns", "struct_type_columns")),
     "window": Kind(columns=("window_expr",)),
@@ -233,6 +235,8 @@ class _Check:
             self._at_most(columns, "max_plan_columns", "the plan's {kind} has {} columns")
             if path == kind.aliases:
                 self._aliases += columns
+        if kind.conditions:
+            self._in_a_row(len(_at(content, kind.conditions)))
         if kind.rows and (rows := _number_at(content, kind.rows)) is not None:
             if rows < kind.least_rows:
                 raise InvalidPlan(f"the plan's {self._kind} has a batch size of {rows}, which means no rows at all")
@@ -262,12 +266,16 @@ class _Check:
     def _binary(self, binary: Message) -> int:
         operands, depth = self._chain(binary)
         # DataFusion takes long for all but these.
-        if binary.op != "Or" and operands > _SHORT:
+        if binary.op != "Or":
+            self._in_a_row(operands)
+        return depth
+
+    def _in_a_row(self, operands: int) -> None:
+        if operands > _SHORT:
             self._squares += operands**2
             self._at_most(
                 math.isqrt(self._squares), "max_plan_conjuncts", "the plan's {kind} has {} operands in a row, not of OR"
             )
-        return depth
 
     def _chain(self, binary: Message) -> tuple[int, int]:
         """How many operands there are of one operator, and how deep what DataFusion makes of them is."""

@@ -125,8 +125,8 @@ class PlanLimits(BaseModel):
     max_plan_conjuncts: int = Field(
         default=512,
         gt=0,
-        description="the same for operators other than OR, the time of which to decode grows with the cube; several "
-        "count as one of the root of their squares' sum",
+        description="the same for operators other than OR, and keys of joins: the time to decode them grows with the "
+        "cube; several count as one of the root of their squares' sum",
     )
     max_plan_columns: int = Field(
         default=10_000,
