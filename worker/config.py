@@ -120,7 +120,7 @@ class PlanLimits(BaseModel):
         default_factory=_max_operands,
         gt=0,
         description="the most operands in a row, such as those of OR: DataFusion's stacks are as deep as they are many "
-        "(1000, and 4000 if RUST_MIN_STACK is 128 MiB or more, unless set)",
+        "(4000, and 1000 where RUST_MIN_STACK is less than 128 MiB, unless set)",
     )
     max_plan_conjuncts: int = Field(
         default=512,
