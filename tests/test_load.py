@@ -165,7 +165,7 @@ async def test_a_partition_that_was_being_executed_when_the_worker_closed_is_not
     instance = await tasks.decode(session, plan)
     await tasks.close()
     with pytest.raises(Unavailable):
-        tasks.stream(session.execute(instance, 0))
+        tasks.stream(session.execute(instance, 0), instance)
 
 
 async def test_a_request_whose_plan_was_being_decoded_when_the_worker_closed_is_unavailable() -> None:

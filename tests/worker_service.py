@@ -80,6 +80,7 @@ async def coordinated(
     key: worker_pb2.TaskKey | None = None,
     task_count: int = 1,
     metadata: Metadata = (),
+    timeout: float | None = None,
     **request: Any,
 ) -> AsyncIterator[Coordination]:
     """A task that has its plan, for as long as the block lasts.
@@ -96,7 +97,7 @@ async def coordinated(
         **request,
     )
     async with service(running) as client:
-        call = client.CoordinatorChannel(metadata=metadata)
+        call = client.CoordinatorChannel(metadata=metadata, timeout=timeout)
         await call.write(worker_pb2.CoordinatorToWorkerMsg(set_plan_request=set_plan))
         coordination = Coordination(running, key, call)
         async for message in _rest(call):

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
-from datafusion import RecordBatchStream
+from datafusion import ExecutionPlan, RecordBatchStream
 
 from worker import plan
 from worker.encode import TARGET_SIZE
@@ -26,6 +26,24 @@ FLOW_SECONDS = 0.01
 
 # So many fast reads make a flow: a result of one batch ends with the second.
 READS_BEFORE_FLOW = 2
+
+# Nodes that read about as much as they give. Others, such as a filter that finds no more rows, may compute for long in
+# the midst of a flow, and what blocks a thread computes on, after the stream was closed, until DataFusion looks for
+# signals: that is once a second. So they are awaited, which costs a plan that computes something little.
+_STEADY_NODES = frozenset(
+    {
+        "CoalescePartitionsExec",
+        "CooperativeExec",
+        "DataSourceExec",
+        "EmptyExec",
+        "GlobalLimitExec",
+        "LazyMemoryExec",
+        "LocalLimitExec",
+        "PlaceholderRowExec",
+        "ProjectionExec",
+        "UnionExec",
+    }
+)
 
 # How much of a stream is read and not taken yet, before its last batch: reading goes no further.
 READ_AHEAD_BYTES = TARGET_SIZE
@@ -64,9 +82,17 @@ class ReadThreads:
 class PartitionStream:
     """The batches of one executed partition, read ahead while those before are on their way."""
 
-    def __init__(self, stream: RecordBatchStream, threads: ReadThreads) -> None:
+    def __init__(self, stream: RecordBatchStream, instance: ExecutionPlan, threads: ReadThreads) -> None:
+        """
+        Args:
+            stream: an executed partition.
+            instance: what it is a partition of.
+            threads: for reads of a stream that flows.
+        """
         # The inner stream: its ``__anext__`` is a future that runs already, the outer one's a coroutine to be awaited.
         self._stream = stream.rbs
+        self._instance: ExecutionPlan | None = instance
+        self._steady = False
         self._threads = threads
         self._batches: deque[pa.RecordBatch] = deque()
         self._fast_reads = 0
@@ -120,7 +146,7 @@ class PartitionStream:
         self._blocking.interrupt()
         if self._reading is not None:
             let_go(self._reading)
-        self._stream = None
+        self._stream = self._instance = None
         self._batches.clear()
 
     def _has_enough(self) -> bool:
@@ -130,13 +156,20 @@ class PartitionStream:
         return size >= TARGET_SIZE
 
     def _start_reading(self) -> "asyncio.Future[Any]":
-        if self._fast_reads >= READS_BEFORE_FLOW:
+        if self._fast_reads >= READS_BEFORE_FLOW and self._is_steady():
             read = partial(self._read_blocking, self._stream, time.monotonic())
             reading = self._threads.run(partial(self._blocking.run, read))
             if reading is not None:
                 return reading
         started: asyncio.Future[Any] = self._stream.__anext__()
         return started
+
+    def _is_steady(self) -> bool:
+        """Whether the plan gives batches without pause, once it does; found out when that first matters."""
+        if self._instance is not None:
+            self._steady = all(map(_is_steady, plan.walk(self._instance)))
+            self._instance = None
+        return self._steady
 
     def _finish(self, reading: "asyncio.Future[Any]") -> None:
         self._reading = None
@@ -170,6 +203,12 @@ class PartitionStream:
             if start - last > FLOW_SECONDS or self._fast_reads < 0:
                 self._fast_reads = -1
                 return
+
+
+def _is_steady(node: ExecutionPlan) -> bool:
+    description = node.display()
+    # A scan with a predicate may leave out rows.
+    return description.partition(":")[0].strip() in _STEADY_NODES and "predicate=" not in description
 
 
 def let_go(read: "asyncio.Future[Any]") -> None:

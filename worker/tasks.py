@@ -200,7 +200,7 @@ class Task:
         execution = self._tasks.in_thread(self._session.execute, instance, partition)
         try:
             with plan.execution_errors():
-                return self._tasks.stream(await asyncio.shield(execution))
+                return self._tasks.stream(await asyncio.shield(execution), instance)
         except asyncio.CancelledError:
             self._tasks.in_background(_drop_unread([execution]))
             raise
@@ -500,15 +500,15 @@ class Tasks:
         finally:
             self._decoding.add(time.perf_counter() - start)
 
-    def stream(self, executed: RecordBatchStream) -> PartitionStream:
-        """What reads an executed partition.
+    def stream(self, executed: RecordBatchStream, instance: ExecutionPlan) -> PartitionStream:
+        """What reads an executed partition of an instance.
 
         Raises:
             Unavailable: the worker was closed.
         """
         if self._closed:
             raise Unavailable("the worker was closed")
-        return PartitionStream(executed, self._read_threads)
+        return PartitionStream(executed, instance, self._read_threads)
 
     def in_thread(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
         """What a blocking function returns.

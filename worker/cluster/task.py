@@ -278,11 +278,11 @@ class ClusterTask:
             streams = await asyncio.shield(self._own(self._tasks.in_thread(execute)))
         if self._closed:
             raise self._ended()
-        count = instance.partition_count
-        return [self._open(executed, p, count, opened) for executed, p in zip(streams, partitions, strict=True)]
+        return [self._open(executed, instance, p, opened) for executed, p in zip(streams, partitions, strict=True)]
 
-    def _open(self, executed: Any, partition: int, count: int, opened: ExitStack) -> PartitionStream:
-        stream = opened.enter_context(self._tasks.open(self._tasks.stream(executed)))
+    def _open(self, executed: Any, instance: ExecutionPlan, partition: int, opened: ExitStack) -> PartitionStream:
+        stream = opened.enter_context(self._tasks.open(self._tasks.stream(executed, instance)))
+        count = instance.partition_count
         self._streams.add(stream)
 
         def forget() -> None:
