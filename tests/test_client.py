@@ -173,7 +173,7 @@ async def test_a_query_that_fails_leaves_no_file_and_says_why(tmp_path: Path) ->
             running.url, "--output", str(tmp_path / "rows.csv"), "SELECT 1 / (value - 20000) FROM range(0, 50000)"
         )
     assert (code, output) == (1, "")
-    assert errors.startswith("python -m worker.client: INTERNAL: ")
+    assert errors.startswith("python -m worker.client: INVALID_ARGUMENT: ")
     assert "Divide by zero" in errors
     assert not list(tmp_path.iterdir())  # noqa: ASYNC240
 

@@ -107,6 +107,7 @@ def test_what_is_pure_has_no_event_loop(name: str) -> None:
 
 def test_the_exports_are_pinned() -> None:
     assert worker.__all__ == [
+        "ComputationFailed",
         "DefaultPolicy",
         "DefaultSessionBuilder",
         "DurationExceeded",
@@ -136,6 +137,10 @@ def test_the_exports_are_pinned() -> None:
         "SessionBuilderFailed",
         "SessionStateBuilder",
         "Settings",
+        "SourceCorrupt",
+        "SourceDenied",
+        "SourceFailed",
+        "SourceNotFound",
         "StageKey",
         "StageKeyConflict",
         "Statistics",

@@ -198,7 +198,7 @@ async def test_the_right_bucket_with_anothers_keys_has_no_rows_not_even_those_ju
     plan = stores.plan("acme")
     assert await amounts_of(worker, plan, ("x-tenant", "acme")) == SALES["acme"]
     code, details = await refusal(worker, plan, ("x-tenant", "spy"))
-    assert code is grpc.StatusCode.INTERNAL
+    assert code is grpc.StatusCode.PERMISSION_DENIED
     assert "403 Forbidden" in details
     for tenant in stores.tenants.values():
         assert tenant.secret_access_key not in details

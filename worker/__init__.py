@@ -1,7 +1,7 @@
 """A worker for distributed DataFusion: executes physical plans that come in Arrow Flight tickets.
 
-Layers, each importing only from those before it: errors, message, ipc, allocator, exit, interrupt, ending, ports,
-board, engine_threads, quarantine; headers, ticket, config, output, logs, durations; files, tls, auth; journal,
+Layers, each importing only from those before it: errors, failures, message, ipc, allocator, exit, interrupt, ending,
+ports, board, engine_threads, quarantine; headers, ticket, config, output, logs, durations; files, tls, auth; journal,
 supervised; plan_proto, check, session, plan, policy, partitionwise; views, dictionaries, compact, compress, encode,
 decode, flight_data; stream; admission, watchdog, tasks; requests; servicer; cluster; service; server, metrics, client,
 testing, importer; child, supervisor, collector; serving; the command lines.
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from worker.cluster.service import add_WorkerServiceServicer_to_server
     from worker.config import Settings, UnfitSettings
     from worker.errors import (
+        ComputationFailed,
         DurationExceeded,
         EnginePanicked,
         ExecutionFailed,
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
         ResourcesExhausted,
         ResponseTooLarge,
         SessionBuilderFailed,
+        SourceCorrupt,
+        SourceDenied,
+        SourceFailed,
+        SourceNotFound,
         StageKeyConflict,
         Unauthenticated,
         Unavailable,
@@ -58,6 +63,7 @@ if TYPE_CHECKING:
     from worker.ticket import PlanTicket, StageKey, plan_ticket
 
 __all__ = [
+    "ComputationFailed",
     "DefaultPolicy",
     "DefaultSessionBuilder",
     "DurationExceeded",
@@ -87,6 +93,10 @@ __all__ = [
     "SessionBuilderFailed",
     "SessionStateBuilder",
     "Settings",
+    "SourceCorrupt",
+    "SourceDenied",
+    "SourceFailed",
+    "SourceNotFound",
     "StageKey",
     "StageKeyConflict",
     "Statistics",

@@ -5,7 +5,8 @@
     │   ├── InvalidTicket        INVALID_ARGUMENT     a ticket or descriptor that cannot be read
     │   ├── InvalidHeader        INVALID_ARGUMENT     a header that is missing, or there twice
     │   ├── InvalidPlan          INVALID_ARGUMENT     a plan that does not decode in this session
-    │   └── PartitionOutOfRange  INVALID_ARGUMENT     a partition that the plan does not have
+    │   ├── PartitionOutOfRange  INVALID_ARGUMENT     a partition that the plan does not have
+    │   └── ComputationFailed    INVALID_ARGUMENT     a plan that divides by zero, or casts what cannot be cast
     ├── StageKeyConflict         FAILED_PRECONDITION  a stage key that stands for another plan
     ├── PlanQuarantined      FAILED_PRECONDITION  a plan that has ended the worker more than once
     ├── PlanTooLarge             RESOURCE_EXHAUSTED   a plan that has more of something than a limit allows
@@ -14,6 +15,10 @@
     ├── WorkerBusy               RESOURCE_EXHAUSTED   no place for the task or stream; a retry makes sense
     ├── MemoryExceeded           RESOURCE_EXHAUSTED   the process ran short of memory, and this task was the largest
     ├── DurationExceeded         DEADLINE_EXCEEDED    the request took longer than max_duration
+    ├── SourceFailed             UNAVAILABLE          a file or an object store failed; the base of how
+    │   ├── SourceNotFound       NOT_FOUND            a file or object that the plan reads is not there
+    │   ├── SourceDenied         PERMISSION_DENIED    the store does not let this session read it
+    │   └── SourceCorrupt        DATA_LOSS            a file is damaged, or not what the plan takes it for
     ├── ExecutionFailed          INTERNAL             DataFusion failed while it ran the plan
     ├── EnginePanicked           INTERNAL             DataFusion panicked; the worker goes on
     ├── UpstreamFailed           INTERNAL             or its own status: a worker that this one reads from failed
@@ -59,6 +64,10 @@ class InvalidPlan(InvalidRequest):
 
 class PartitionOutOfRange(InvalidRequest):
     """The ticket asks for a partition that the plan does not have."""
+
+
+class ComputationFailed(InvalidRequest):
+    """The plan asks for a value that there is not: of a division by zero, of a cast that fails, of an overflow."""
 
 
 class StageKeyConflict(WorkerError):
@@ -109,8 +118,32 @@ class DurationExceeded(WorkerError):
     status = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
+class SourceFailed(WorkerError):
+    """A file or object store did not give what the plan reads, after DataFusion has tried for some seconds."""
+
+    status = grpc.StatusCode.UNAVAILABLE
+
+
+class SourceNotFound(SourceFailed):
+    """A file or object that the plan reads is not there: the plan is out of date, or from another machine."""
+
+    status = grpc.StatusCode.NOT_FOUND
+
+
+class SourceDenied(SourceFailed):
+    """The store refused: the session's credentials, or this process's user, may not read it."""
+
+    status = grpc.StatusCode.PERMISSION_DENIED
+
+
+class SourceCorrupt(SourceFailed):
+    """A file cannot be read as what the plan says it is: it is damaged, or another since the plan was made."""
+
+    status = grpc.StatusCode.DATA_LOSS
+
+
 class ExecutionFailed(WorkerError):
-    """DataFusion returned an error while it ran the plan."""
+    """DataFusion returned an error while it ran the plan, of none of the kinds above."""
 
 
 class EnginePanicked(WorkerError):

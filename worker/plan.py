@@ -8,25 +8,16 @@ from dataclasses import dataclass
 import pyarrow as pa
 from datafusion import ExecutionPlan, SessionContext
 
-from worker import plan_proto
+from worker import failures, plan_proto
 from worker.check import check
 from worker.config import MEBIBYTE, PlanLimits
-from worker.errors import EnginePanicked, ExecutionFailed, InvalidPlan, ResourcesExhausted, WorkerError
+from worker.errors import EnginePanicked, InvalidPlan, WorkerError
 
 # How DataFusion's Python package begins a pickled function: DFPYUDF, DFPYUDA, DFPYUDW by its kind.
 PYTHON_UDF_PREFIX = b"DFPYUD"
 
 _MISSING_FUNCTION = re.compile(r"PhysicalExtensionCodec is not provided for (\w+) function (.+)")
 _MISSING_STORE = re.compile(r"No suitable object store found for ([a-z0-9+.-]+://[^/\s]*)")
-_PANIC_TYPES = frozenset({"PanicException", "RustPanic"})
-# What is said of a memory pool, and of the disk for what it spills.
-_EXHAUSTED = re.compile("Resources exhausted|used disk space during the spilling process has exceeded")
-# How the panic of a task that an operator has spawned looks like when that passes it on as an error.
-_PANIC_ELSEWHERE = re.compile(r"panicked with message|JoinError::Panic\(")
-# How an error of a Python function looks in the text of DataFusion's. Its traceback shows the worker's own files.
-_PYTHON_ERROR = re.compile(
-    r'PyErr \{ type: .+?, value: (.+?), traceback: (?:None|Some\("(?:[^"\\]|\\.)*"\)) \}', re.DOTALL
-)
 # How many rows a filter puts together, where the plan does not say (DataFusion's ``FILTER_EXEC_DEFAULT_BATCH_SIZE``).
 _FILTER_BATCH_SIZE = 8192
 # What columns' names may take that old scans get: they say columns by number, and one name may be any long.
@@ -153,11 +144,11 @@ def decode(session: SessionContext, plan: bytes) -> ExecutionPlan:
     try:
         return ExecutionPlan.from_bytes(session, plan)
     except BaseException as error:
-        if is_panic(error):
-            raise EnginePanicked(f"DataFusion panicked while it decoded the plan: {_text(error)}") from error
+        if failures.is_panic(error):
+            raise EnginePanicked(f"DataFusion panicked while it decoded the plan: {failures.text(error)}") from error
         if not isinstance(error, Exception):
             raise
-        text = _text(error)
+        text = failures.text(error)
         if missing := _MISSING_FUNCTION.search(text):
             category, name = missing.groups()
             raise InvalidPlan(
@@ -219,35 +210,22 @@ def schema_of(session: SessionContext, plan: bytes) -> pa.Schema:
     return pa.schema(fields, nullable.metadata)
 
 
-def is_panic(error: BaseException) -> bool:
-    """Whether this is a Rust panic: one of two types, neither of which can be imported, one no ``Exception``."""
-    return type(error).__name__ in _PANIC_TYPES
-
-
 @contextmanager
 def execution_errors() -> Iterator[None]:
     """Around what executes plans: gives the errors of DataFusion their names, and lets those pass that are no errors.
 
     Raises:
-        EnginePanicked, ResourcesExhausted, ExecutionFailed: instead of what DataFusion raised.
+        EnginePanicked, ResourcesExhausted, SourceFailed, ComputationFailed, ExecutionFailed: instead of what DataFusion
+            raised.
     """
     try:
         yield
     except (WorkerError, StopAsyncIteration):
         raise
     except BaseException as error:
-        text = _text(error)
-        if is_panic(error) or _PANIC_ELSEWHERE.search(text):
-            raise EnginePanicked(f"DataFusion panicked while it executed the plan: {text}") from error
-        if not isinstance(error, Exception):
-            raise
-        raise (ResourcesExhausted if _EXHAUSTED.search(text) else ExecutionFailed)(text) from error
-
-
-def _text(error: BaseException) -> str:
-    """What DataFusion says, without the tracebacks of Python functions and its invitation to report bugs."""
-    text = str(error).partition("\nThis issue was likely caused by a bug in DataFusion")[0]
-    return _PYTHON_ERROR.sub(r"\1", text) or type(error).__name__
+        if isinstance(error, Exception) or failures.is_panic(error):
+            raise failures.failure(error) from error
+        raise
 
 
 def empty_leaves(plan: plan_proto.Message) -> None:
