@@ -108,7 +108,7 @@ async def test_leaving_the_loop_early_cancels_the_requests() -> None:
     async with running_worker() as running, WorkerClient(running.url) as client:
         async with aclosing(client.execute(plan)) as batches:
             await anext(batches)
-            assert running.worker.statistics().requests == 4
+            await until(lambda: running.worker.statistics().requests == 4)
         await until(lambda: running.worker.statistics().requests == 0)
 
 

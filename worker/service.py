@@ -18,6 +18,7 @@ from worker.journal import Journal
 from worker.message import Message
 from worker.policy import PlanPolicyLike
 from worker.proto import Flight_pb2, Flight_pb2_grpc
+from worker.readable import readable
 from worker.requests import Request
 from worker.servicer import Context
 from worker.session import SessionBuilderLike, WorkerQueryContext
@@ -256,6 +257,7 @@ def add_FlightServiceServicer_to_server(
     Ready bytes are 1.1 to 1.25 times as fast as protobuf objects, if the process reuses the memory of messages (see
     ``keep_freed_memory``). A class that overrides ``DoGet`` is served as it is.
     """
+    server = readable(server)
     if isinstance(servicer, Worker) and type(servicer).DoGet is Worker.DoGet:
         do_get: grpc.RpcMethodHandler[Flight_pb2.Ticket, bytes] = grpc.unary_stream_rpc_method_handler(
             servicer._do_get_bytes, request_deserializer=Flight_pb2.Ticket.FromString, response_serializer=None

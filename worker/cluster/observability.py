@@ -10,6 +10,7 @@ from worker.config import Settings
 from worker.journal import Journal
 from worker.policy import PlanPolicyLike
 from worker.proto import observability_pb2, observability_pb2_grpc
+from worker.readable import readable
 from worker.requests import Request
 from worker.servicer import Context
 from worker.session import SessionBuilderLike
@@ -84,5 +85,5 @@ class ObservabilityServicer(ClusterServicer, observability_pb2_grpc.Observabilit
 def add_ObservabilityServiceServicer_to_server(
     servicer: observability_pb2_grpc.ObservabilityServiceServicer, server: grpc.aio.Server
 ) -> None:
-    """Adds a servicer to a server: the generated function of this name."""
-    observability_pb2_grpc.add_ObservabilityServiceServicer_to_server(servicer, server)
+    """Adds a servicer to a server, like the generated function of this name."""
+    observability_pb2_grpc.add_ObservabilityServiceServicer_to_server(servicer, readable(server))

@@ -32,6 +32,7 @@ from worker.message import Message
 from worker.plan_proto import Message as PlanMessage
 from worker.policy import PlanPolicyLike
 from worker.proto import worker_pb2, worker_pb2_grpc
+from worker.readable import readable
 from worker.requests import Request
 from worker.servicer import Context, Servicer, Statistics
 from worker.session import SessionBuilderLike
@@ -229,6 +230,7 @@ def add_WorkerServiceServicer_to_server(
 
     A class that overrides ``ExecuteTask`` is served as it is.
     """
+    server = readable(server)
     if isinstance(servicer, ClusterServicer) and type(servicer).ExecuteTask is ClusterServicer.ExecuteTask:
         execute_task: grpc.RpcMethodHandler[worker_pb2.ExecuteTaskRequest, bytes] = (
             grpc.unary_stream_rpc_method_handler(
