@@ -14,8 +14,8 @@ import grpc
 import psutil
 import pyarrow as pa
 import pytest
-from datafusion import DataFrame, SessionConfig, SessionContext, udf
-from support import stub, until
+from datafusion import DataFrame, ScalarUDF, SessionConfig, SessionContext, udf
+from support import status, stub, until
 from worker_service import coordinated, execute_request, service
 
 from worker import Settings, StageKey, Worker, WorkerQueryContext, plan_ticket
@@ -23,6 +23,7 @@ from worker.config import MEBIBYTE
 from worker.proto.Flight_pb2 import Ticket
 from worker.server import Server
 from worker.stream import READS_BEFORE_FLOW
+from worker.tasks import LEFTOVER_SECONDS
 from worker.testing import RunningWorker, running_worker
 
 ENDLESS = "range(1000000000000)"
@@ -273,40 +274,79 @@ async def _processor_seconds(seconds: float) -> float:
     return end.user + end.system - start.user - start.system
 
 
+@dataclass
+class _Waiting:
+    """A function that returns what it is given, so many times, and then waits for ever."""
+
+    returns: int = 0
+    waiting: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self, values: pa.Array) -> pa.Array:
+        self.returns -= 1
+        if self.returns < 0:
+            self.waiting.set()
+            try:
+                while True:
+                    time.sleep(0.001)
+            finally:
+                self.ended.set()
+        return values
+
+    def udf(self) -> ScalarUDF:
+        return udf(self, [pa.int64()], pa.int64(), "volatile", "wait")
+
+    async def build(self, ctx: WorkerQueryContext) -> SessionContext:
+        return ctx.builder.with_scalar_functions([self.udf()]).build()
+
+    def plan(self, query: str) -> bytes:
+        session = SessionContext(SessionConfig({"datafusion.execution.batch_size": "8"}).with_target_partitions(1))
+        session.register_udf(udf(lambda values: values, [pa.int64()], pa.int64(), "volatile", "wait"))
+        return session.sql(query).execution_plan().to_bytes()
+
+
 async def test_a_function_that_a_flowing_stream_calls_is_broken_off() -> None:
     """
     1. A stream flows, so that it is read in a thread, which then waits in a function of the user's for ever.
     2. The request is cancelled: what the function waits in is interrupted, as by Ctrl-C.
     """
-    waiting, ended, calls = threading.Event(), threading.Event(), 0
-
-    def wait_at_last(values: pa.Array) -> pa.Array:
-        nonlocal calls
-        calls += 1
-        if calls > BATCHES_THAT_FLOW:
-            waiting.set()
-            try:
-                while True:
-                    time.sleep(0.001)
-            finally:
-                ended.set()
-        return values
-
-    function = udf(wait_at_last, [pa.int64()], pa.int64(), "volatile", "wait")
-
-    async def build(ctx: WorkerQueryContext) -> SessionContext:
-        return ctx.builder.with_scalar_functions([function]).build()
-
-    session = SessionContext(SessionConfig({"datafusion.execution.batch_size": "8"}).with_target_partitions(1))
-    session.register_udf(udf(lambda values: values, [pa.int64()], pa.int64(), "volatile", "wait"))
-    plan = session.sql(f"SELECT wait(value) FROM {ENDLESS}").execution_plan().to_bytes()
-    async with running_worker(build) as running, stub(running.address) as flight:
-        call = flight.DoGet(Ticket(ticket=plan_ticket(plan)))
+    function = _Waiting(BATCHES_THAT_FLOW)
+    async with running_worker(function.build) as running, stub(running.address) as flight:
+        call = flight.DoGet(Ticket(ticket=plan_ticket(function.plan(f"SELECT wait(value) FROM {ENDLESS}"))))
         assert await call.read() is not grpc.aio.EOF
-        assert await asyncio.to_thread(waiting.wait, 10)
+        assert await asyncio.to_thread(function.waiting.wait, 10)
         call.cancel()
         await until(lambda: not any(_held(running.worker)), 1)
-        assert await asyncio.to_thread(ended.wait, 10)
+        assert await asyncio.to_thread(function.ended.wait, 10)
+
+
+async def test_a_function_that_datafusion_calls_in_a_thread_of_its_own_is_broken_off_when_it_is_for_nobody() -> None:
+    """
+    1. One request waits in a function of the user's, and so does another, each in a thread of DataFusion.
+    2. One is cancelled. Which call was its own nobody can tell: both go on.
+    3. The other is cancelled, and another request comes: both calls are interrupted, and the new request is answered.
+    """
+    functions = [_Waiting(), _Waiting()]
+
+    async def build(ctx: WorkerQueryContext) -> SessionContext:
+        if "x-which" not in ctx.headers:
+            return ctx.builder.build()
+        return await functions[int(ctx.headers["x-which"])].build(ctx)
+
+    async with running_worker(build) as running, stub(running.address) as flight:
+        calls = []
+        for which, function in enumerate(functions):
+            ticket = Ticket(ticket=plan_ticket(function.plan(f"SELECT sum(wait(value)) FROM {ENDLESS}")))
+            calls.append(flight.DoGet(ticket, metadata=[("x-which", str(which))]))
+            assert await asyncio.to_thread(function.waiting.wait, 10)
+        calls[0].cancel()
+        await until(lambda: _held(running.worker) == (1, 1, 1), 1)
+        assert not await asyncio.to_thread(functions[0].ended.wait, 5 * LEFTOVER_SECONDS)
+        calls[1].cancel()
+        one = Ticket(ticket=plan_ticket(_planned("SELECT 1").execution_plan().to_bytes()))
+        async with asyncio.timeout(10):
+            while not all(function.ended.is_set() for function in functions):
+                assert await status(flight.DoGet(one)) == (grpc.StatusCode.OK, "")
 
 
 entered, left = threading.Event(), threading.Event()

@@ -31,7 +31,7 @@ class Interruptible:
                 call()
             finally:
                 with self._lock:
-                    _raise_in(self._thread, None)
+                    raise_in(self._thread, None)
                     self._thread = None
         except Interrupted:
             self._thread = None
@@ -44,9 +44,10 @@ class Interruptible:
         with self._lock:
             if self._thread is not None and not self._interrupted:
                 self._interrupted = True
-                _raise_in(self._thread, Interrupted)
+                raise_in(self._thread, Interrupted)
 
 
-def _raise_in(thread: int, error: type[BaseException] | None) -> None:
+def raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """Has a thread raise an error in the Python code that it runs next; None takes back what it has not raised yet."""
     # "Thread State and the Global Interpreter Lock" in Python's C API: null takes back what was not raised yet.
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error) if error else None)

@@ -99,6 +99,8 @@ class PartitionStream:
         self._ended = False
         self._closed = False
         self._error: BaseException | None = None
+        self.is_broken_off = False
+        """Whether it was closed in the midst of a read."""
         self._blocking = Interruptible()
         self._reading: asyncio.Future[Any] | None = self._start_reading()
 
@@ -145,6 +147,7 @@ class PartitionStream:
         self._closed = True
         self._blocking.interrupt()
         if self._reading is not None:
+            self.is_broken_off = self.is_broken_off or not self._reading.done()
             let_go(self._reading)
         self._stream = self._instance = None
         self._batches.clear()

@@ -21,6 +21,7 @@ from worker.encode import Encoder
 from worker.ending import end, this_request
 from worker.errors import InvalidPlan, PartitionOutOfRange, StageKeyConflict, Unavailable, WorkerBusy, WorkerError
 from worker.journal import Journal, Noted
+from worker.leftover import LeftoverCalls
 from worker.message import Message
 from worker.partitionwise import counterparts, make_partitions_independent
 from worker.plan_proto import Message as PlanMessage
@@ -45,6 +46,9 @@ SMALL_PLAN = 8 * 1024
 # A partition that nobody will read is polled before it is dropped: only then does a RepartitionExec know that nobody
 # reads it, and stops to buffer for it. The poll happens in DataFusion's runtime, at once unless that is busy.
 ABANDON_SECONDS = 0.2
+
+# A function that DataFusion still calls for who went away is looked for so often, and broken off.
+LEFTOVER_SECONDS = 0.1
 
 # Tasks that nobody uses, which later requests may; beyond so many, or so much of the memory by their plans' sizes, the
 # one that idles longest is forgotten before its time.
@@ -315,6 +319,10 @@ class Tasks:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="worker-plan")
         self._read_threads = ReadThreads()
         self._streams: set[PartitionStream] = set()
+        self.others: set[object] = set()
+        """Other tasks, whose streams are opened here."""
+        self._leftover = LeftoverCalls()
+        self._looking: asyncio.TimerHandle | None = None
         self._plans_decoded = 0
         self._partitions_executed = 0
         self._decoding = Durations()
@@ -472,6 +480,8 @@ class Tasks:
         finally:
             self._streams.discard(stream)
             stream.close()
+            if stream.is_broken_off and self._looking is None:
+                self._look_for_leftovers()
 
     async def messages(self, encoder: Encoder, batches: Sequence[pa.RecordBatch]) -> AsyncGenerator[Message, None]:
         """The messages of batches, encoded in a thread where that takes long."""
@@ -533,6 +543,11 @@ class Tasks:
             Unavailable: the worker was closed.
         """
         return await self.in_thread(function, *arguments) if takes_long else function(*arguments)
+
+    def _look_for_leftovers(self) -> None:
+        self._looking = None
+        if self._leftover.look({*self._entries.values(), *self.others}) and not self._closed:
+            self._looking = asyncio.get_running_loop().call_later(LEFTOVER_SECONDS, self._look_for_leftovers)
 
     def in_background(self, work: Awaitable[T]) -> asyncio.Future[T]:
         """Runs what may outlive the request that caused it; ``close`` ends it."""

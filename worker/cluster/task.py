@@ -75,6 +75,7 @@ class ClusterTask:
         """
         self.orders = orders
         self._tasks = tasks
+        tasks.others.add(self)
         self._session = session
         self._noted = noted
         self._rewritten = rewritten
@@ -187,6 +188,7 @@ class ClusterTask:
         """Ends whatever goes on for the task, and deletes what is kept for it; who reads it is told of ``error``."""
         self._closed = True
         self._end = error or self._end
+        self._tasks.others.discard(self)
         for running in self._running:
             running.cancel()
         for stream in self._streams:
