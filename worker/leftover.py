@@ -6,6 +6,7 @@ import threading
 from collections.abc import Set
 from dataclasses import dataclass
 from types import FrameType
+from weakref import WeakSet
 
 from worker.interrupt import Interrupted, raise_in
 
@@ -18,7 +19,7 @@ _NAME_BYTES = 64
 @dataclass(slots=True)
 class _Call:
     outermost: FrameType
-    users: set[object]
+    users: WeakSet[object]
     """Who was there when it was first seen, and still is: it may be for one of them."""
 
 
@@ -40,19 +41,26 @@ class LeftoverCalls:
         """
         own = {thread.ident for thread in threading.enumerate() if not isinstance(thread, threading._DummyThread)}
         calls = {}
-        for thread, frame in sys._current_frames().items():
+        for thread, frame in _other_frames().items():
             if thread in own or _name(thread) != ENGINE_THREAD:
                 continue
             outermost = _outermost(frame)
             known = self._calls.get(thread)
             if known is None or known.outermost is not outermost:
-                known = _Call(outermost, set(users))
-            known.users &= users
+                known = _Call(outermost, WeakSet(users))
+            known.users.intersection_update(users)
             calls[thread] = known
-            if not known.users and (now := sys._current_frames().get(thread)) and _outermost(now) is outermost:
+            if not known.users and (now := _other_frames().get(thread)) and _outermost(now) is outermost:
                 raise_in(thread, Interrupted)
         self._calls = calls
         return bool(calls)
+
+
+def _other_frames() -> dict[int, FrameType]:
+    """What each thread is at, without this one, whose frame would be in a circle with itself."""
+    frames = sys._current_frames()
+    del frames[threading.get_ident()]
+    return frames
 
 
 def _outermost(frame: FrameType) -> FrameType:
