@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import re
 import signal
 import sys
 import time
@@ -22,6 +23,7 @@ from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 from support import listening, status, until
+from test_partitions import PANICS_IN_EXECUTION
 from worker_service import coordinated, read, task_key
 
 import worker
@@ -260,6 +262,16 @@ async def test_a_worker_with_a_thread_that_works_for_nobody_is_replaced() -> Non
         await until(lambda: supervisor.places[0].restarts >= 1, SECONDS)
         await works(address)
         await asyncio.wait_for(asyncio.shield(first.ended), SECONDS)
+
+
+async def test_a_panic_is_told_with_its_place_and_message() -> None:
+    async with supervised(Times()) as (_, address):
+        for plan in (PANICS_IN_EXECUTION["no arguments"](), PANICS_IN_EXECUTION["first zero rows"]()):
+            code, text = await ask(address, plan)
+            assert code is grpc.StatusCode.INTERNAL
+            assert text.startswith("DataFusion panicked while it executed the plan: ")
+            assert re.search(r"\(panicked at datafusion-[a-z-]+-55\.\S+\.rs:\d+:\d+: .+\)$", text), text
+        await works(address)
 
 
 def scraped(port: int) -> dict[str, float]:

@@ -27,11 +27,13 @@ _BEATS = struct.Struct("<Q")
 _ENTRY = struct.Struct(f"<B7xd{DIGEST_BYTES}s96s")
 _REFUSED = struct.Struct(f"<{DIGEST_BYTES}sd")
 _TEXT_BYTES = 96
+_PANIC = struct.Struct("<d504s")
 
 _ENTRIES_AT = 64
 _ENDED_WELL_AT = _ENTRIES_AT + ENTRIES * _ENTRY.size
 _REFUSED_AT = _ENDED_WELL_AT + PLACES * DIGEST_BYTES
-_SIZE = _REFUSED_AT + PLACES * _REFUSED.size
+_PANIC_AT = _REFUSED_AT + PLACES * _REFUSED.size
+_SIZE = _PANIC_AT + _PANIC.size
 
 _DECODING, _EXECUTING = 1, 2
 
@@ -114,6 +116,15 @@ class Board:
             if plan.ended_well:
                 at = _ended_well_at(plan.digest)
                 self._memory[at : at + DIGEST_BYTES] = bytes(DIGEST_BYTES)
+
+    def note_panic(self, text: str) -> None:
+        """Notes where and why the child's engine panicked just now. The child cannot see that itself."""
+        _PANIC.pack_into(self._memory, _PANIC_AT, time.monotonic(), text.encode("utf-8", "replace")[:504])
+
+    def last_panic(self) -> tuple[float, str]:
+        """When the last panic was noted, and its text."""
+        noted, text = _PANIC.unpack_from(self._memory, _PANIC_AT)
+        return noted, text.rstrip(b"\0").decode("utf-8", "replace")
 
     def refuse(self, refused: Mapping[bytes, float]) -> None:
         """Has plans refused, each until a time of the monotonic clock."""

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -28,6 +29,9 @@ LAST_LINES_SECONDS = 1.0
 
 STANDARD_ERROR = 2
 
+# What Rust writes there when it panics, before a line with the message. Of the place, the package and what follows.
+PANIC = re.compile(r"thread .* panicked at (?:.*/registry/src/[^/]*/)?(.+):$")
+
 
 class Trouble(Enum):
     """Why a child is to be replaced."""
@@ -42,7 +46,7 @@ class Child:
 
     def __init__(self, process: Process, port: int, board: Board, folder: Path) -> None:
         self._process = process
-        self._errors = _Errors()
+        self._errors = _Errors(board)
         self._reading: asyncio.Future[None]
         self.port = port
         self.board = board
@@ -190,9 +194,11 @@ class Child:
 
 
 class _Errors:
-    """Passes the standard error of a process on, and keeps its last lines."""
+    """Passes the standard error of a process on, keeps its last lines, and notes where it panics on its board."""
 
-    def __init__(self) -> None:
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._panicked_at: str | None = None
         self.lines: deque[str] = deque(maxlen=LAST_LINES)
         self._loop = asyncio.get_running_loop()
         self._ended = asyncio.Event()
@@ -214,11 +220,21 @@ class _Errors:
                 *lines, started = (started + part).split(b"\n")
                 started = started[-LINE_LENGTH:]
                 for line in filter(None, lines):
-                    self.lines.append(line[:LINE_LENGTH].decode("utf-8", "replace"))
+                    self._keep(line[:LINE_LENGTH].decode("utf-8", "replace"))
                 with contextlib.suppress(OSError):
                     while part:
                         part = part[os.write(STANDARD_ERROR, part) :]
         if started:
-            self.lines.append(started.decode("utf-8", "replace"))
+            self._keep(started.decode("utf-8", "replace"))
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._ended.set)
+
+    def _keep(self, line: str) -> None:
+        self.lines.append(line)
+        if self._panicked_at is not None:
+            # The process may be gone, and its board with it.
+            with contextlib.suppress(ValueError):
+                self._board.note_panic(f"{self._panicked_at}: {line}")
+            self._panicked_at = None
+        elif found := PANIC.match(line):
+            self._panicked_at = found[1]

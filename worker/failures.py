@@ -70,7 +70,7 @@ def failure(error: BaseException) -> WorkerError:
     """The worker's error for what DataFusion raised while it executed a plan.
 
     The place of a panic is in none of them: Rust's panic hook writes it to the standard error, before Python gets to
-    know, so that it stands in the log above what the worker says.
+    know. A supervisor reads it there.
     """
     said = text(error)
     if is_panic(error) or _PANIC_ELSEWHERE.search(said):
@@ -85,7 +85,7 @@ def text(error: BaseException) -> str:
     """What DataFusion says, without tracebacks of Python functions, secrets, and its invitation to report bugs."""
     said = str(error).partition("\nThis issue was likely caused by a bug in DataFusion")[0]
     if said == _NO_MESSAGE:
-        return "the worker's log says where and why, in the line with 'panicked at'"
+        return "the worker's log says more, in the lines with 'panicked at'"
     said = _PYTHON_ERROR.sub(r"\1", said)
     said = _STORE_ANSWER.sub(_without_answer, said)
     return _URL_SECRETS.sub(r"\1\2", said) or type(error).__name__

@@ -1,5 +1,6 @@
 """What a worker notes of the plans that it decodes and executes, for a supervisor that outlives it."""
 
+import asyncio
 import hashlib
 import itertools
 import math
@@ -15,6 +16,9 @@ from worker.ticket import QUERY_ID_BYTES, StageKey
 
 # Of so many plans, the partitions that were read to their end are known, until all of the plan's have been.
 PARTLY_READ = 1024
+
+# A supervisor reads of a panic some milliseconds after it, unless the machine is busy.
+PANIC_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,7 @@ class Journal:
             board: where it is noted, for another process to read.
         """
         self._board = board or Board()
+        self._is_read = board is not None
         self._free = deque(range(ENTRIES))
         self._started: dict[int, float] = {}
         self._numbers = itertools.count()
@@ -60,6 +65,23 @@ class Journal:
                 f"{until - time.monotonic():.0f} s: do not send it as it is"
             )
         return Noted(digest, "plan without a stage key" if key is None else f"plan of {key}")
+
+    async def last_panic(self, since: float) -> str | None:
+        """Where and why DataFusion panicked last, as the supervisor has read it.
+
+        Args:
+            since: of the monotonic clock; what was noted before does not count.
+
+        Returns:
+            None if there is no supervisor, or it has read nothing.
+        """
+        end = time.monotonic() + PANIC_SECONDS
+        while self._is_read and time.monotonic() < end:
+            noted, text = self._board.last_panic()
+            if noted >= since:
+                return text
+            await asyncio.sleep(PANIC_SECONDS / 50)
+        return None
 
     @contextmanager
     def decoding(self, plan: Noted) -> Iterator[None]:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import secrets
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,7 +19,14 @@ from worker.auth import caller
 from worker.config import Settings
 from worker.durations import Histogram
 from worker.ending import end, ended_with, this_request
-from worker.errors import DurationExceeded, SessionBuilderFailed, Unavailable, UpstreamFailed, WorkerError
+from worker.errors import (
+    DurationExceeded,
+    EnginePanicked,
+    SessionBuilderFailed,
+    Unavailable,
+    UpstreamFailed,
+    WorkerError,
+)
 from worker.headers import Headers
 from worker.journal import Journal
 from worker.policy import DefaultPolicy, PlanPolicyLike, access_of, check_of
@@ -185,13 +193,16 @@ class Servicer:
 
         Also what is no ``Exception``: a Rust panic that left a handler would leave the client without an answer.
         """
-        request, running = self._requests.begin(method), this_request()
+        request, running, started = self._requests.begin(method), this_request(), time.monotonic()
         timer = self._end_in_time(running)
         try:
             yield request
         except WorkerError as error:
             self._requests.end(request, error.status, error)
-            _fail(context, error.status, _details(str(error)))
+            text = str(error)
+            if isinstance(error, EnginePanicked) and (panic := await self._tasks.journal.last_panic(started)):
+                text = f"{text} (panicked at {panic})"
+            _fail(context, error.status, _details(text))
             if isinstance(error, UpstreamFailed) and error.details:
                 context.set_trailing_metadata(((STATUS_DETAILS, error.details),))
         except grpc.aio.AbortError:
