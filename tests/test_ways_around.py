@@ -378,7 +378,7 @@ async def test_no_other_name_of_a_file_leads_to_it(allowed: Path) -> None:
         for path in _lookalikes(allowed):
             for store in ("file:///", "", "file://localhost/"):
                 code, text = await answer(at, scan(path, store))
-                assert code in (DENIED, INVALID, grpc.StatusCode.INTERNAL), (path, text)
+                assert code in (DENIED, INVALID, grpc.StatusCode.NOT_FOUND), (path, text)
         assert at.worker.statistics().rows_sent == 0
 
 
