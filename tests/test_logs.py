@@ -175,7 +175,7 @@ async def test_lines_of_a_process_are_events_whatever_clients_send(log_format: s
         ]
         assert "principal=root" in "".join(lines)
     assert [(message, status) for message, status in found if status] == [
-        ("request", "INTERNAL"),
+        ("request", "INVALID_ARGUMENT"),
         ("request", "OK"),
     ]
 

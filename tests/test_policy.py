@@ -87,7 +87,7 @@ async def test_files_in_the_folder_are_read_and_no_others(allowed: Path) -> None
         beside = f"{allowed}-not/numbers.csv"
         assert await answer(at, scan(beside)) == denied("csv_scan", beside)
         code, text = await answer(at, scan(allowed / "missing.csv"))
-        assert code is grpc.StatusCode.INTERNAL
+        assert code is grpc.StatusCode.NOT_FOUND
         assert "not found" in text
 
 

@@ -90,7 +90,7 @@ KEY = StageKey(uuid.UUID(int=7), 3, 5)
 
 
 def test_the_supervisor_sees_what_runs_and_no_more_once_it_has_ended() -> None:
-    board = Board()
+    board = Board.shared()
     seen = Board(board.descriptor)
     journal = Journal(board)
     first, second = journal.admit(b"one", KEY), journal.admit(b"two", None)

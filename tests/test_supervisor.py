@@ -203,7 +203,7 @@ async def test_a_task_of_a_cluster_that_ends_a_worker_is_refused_the_third_time_
 
 
 async def test_both_dialects_note_what_runs() -> None:
-    board = Board()
+    board = Board.shared()
     async with running_worker(journal=Journal(board)) as running:
         async with WorkerClient(running.url) as client, aclosing(client.execute(ENDLESS, 0)) as batches:
             await anext(batches)

@@ -7,6 +7,7 @@ import struct
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 # How a child knows that it is one: JSON of what ``Supervised`` takes.
 VARIABLE = "DATAFUSION_WORKER_SUPERVISED"
@@ -55,21 +56,26 @@ class Running:
 class Board:
     """The memory, as it is laid out. One process beats and notes what it does, the other reads."""
 
-    def __init__(self, descriptor: int | None = None) -> None:
+    def __init__(self, descriptor: int = -1) -> None:
         """
         Args:
-            descriptor: of another process's board; without it, this is a new one, which starts with zeros.
+            descriptor: of another process's board; without it, this is a new one that nobody else sees.
         """
-        if descriptor is None:
-            descriptor = os.memfd_create("worker-board")
-            os.ftruncate(descriptor, _SIZE)
         self.descriptor = descriptor
         self._memory = mmap.mmap(descriptor, _SIZE)
+
+    @classmethod
+    def shared(cls) -> Self:
+        """A new one, for a process that is given its descriptor."""
+        descriptor = os.memfd_create("worker-board")
+        os.ftruncate(descriptor, _SIZE)
+        return cls(descriptor)
 
     def close(self) -> None:
         """Lets go of it."""
         self._memory.close()
-        os.close(self.descriptor)
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
 
     @property
     def beats(self) -> int:

@@ -79,11 +79,14 @@ class Supervised:
 
     def _watch(self, seconds: float) -> None:
         threads = EngineThreads()
-        while not select.select([self._news], [], [], self._stuck_seconds / LOOKS)[0]:
+        # What is to be read is the end: the supervisor writes nothing.
+        ended = select.poll()
+        ended.register(self._news, select.POLLIN)
+        while not ended.poll(1000 * self._stuck_seconds / LOOKS):
             if threads.look(time.monotonic(), self.journal.oldest()) >= self._stuck_seconds:
                 with contextlib.suppress(OSError):
                     self.tell(stuck=True)
                 # It is told once: what it does about it takes a while.
-                select.select([self._news], [], [])
+                ended.poll()
         signal.alarm(math.ceil(seconds))
         os.kill(os.getpid(), signal.SIGTERM)

@@ -181,7 +181,7 @@ class Supervisor:
                 await asyncio.wait((self._stop,), timeout=seconds)
 
     async def _start(self, place: Place) -> Child:
-        board = Board()
+        board = Board.shared()
         board.refuse(self._quarantine.refused(time.monotonic()))
         before = place.child
         if before is not None:
