@@ -737,13 +737,13 @@ def _files() -> Iterator[Recipe]:
     for name, url in URLS.items():
         yield _plan(f"store_{name}", "a store that is not the client's to use", file_scan("csv_scan", "etc/passwd", url=url))
     for kind in ("csv_sink", "json_sink", "parquet_sink"):
-        yield _plan(f"write_{kind}", "a file that is not the client's to write", sink(kind, "file:///etc/hostile"))
-    yield _plan("write_over", "a file that is not the client's to write", sink("csv_sink", "/etc/passwd", overwrite=True))
-    yield _plan("write_as_task", "a file that is not the client's to write", sink("csv_sink", "/etc/hostile"), Kind.TASK)
+        yield _plan(f"write_{kind}", "a file that is not the client's to write", sink(kind, "file:///proc/hostile/out"))
+    yield _plan("write_over", "a file that is not the client's to write", sink("csv_sink", "/proc/version", overwrite=True))
+    yield _plan("write_as_task", "a file that is not the client's to write", sink("csv_sink", "/proc/hostile/out"), Kind.TASK)
     yield _plan("read_as_task", "a file that is not the client's to read", file_scan("csv_scan", "/etc/passwd"), Kind.TASK)
     hidden = node("scalar_subquery", numbers(), subqueries=[file_scan("csv_scan", "/etc/passwd")])
     yield _plan("read_in_subquery", "a file below a subquery", hidden)
-    union = node("union", scan(column(["a"])), sink("csv_sink", "/etc/hostile"))
+    union = node("union", scan(column(["a"])), sink("csv_sink", "/proc/hostile/out"))
     yield _plan("write_in_union", "a sink below other nodes", union)
     about = "a scan that contradicts itself"
     for name, fields in {
@@ -804,7 +804,7 @@ def _files() -> Iterator[Recipe]:
             "maximum_buffered_record_batches_per_stream": U64,
         },
     }.items():
-        plan = sink("parquet_sink", "file:///tmp/hostile.parquet", parquet_options={"global": options})
+        plan = sink("parquet_sink", "file:///proc/hostile/out.parquet", parquet_options={"global": options})
         yield _plan(f"parquet_sink_{name}", "options that nobody means", plan)
 
 
@@ -948,7 +948,7 @@ def _requests() -> Iterator[Recipe]:
         "of_2_32_partitions": killer,
         "of_2_20_partitions": node("empty", schema=schema(pa.int64()), partitions=1 << 20).SerializeToString(),
         "of_a_file": file_scan("csv_scan", "/etc/passwd").SerializeToString(),
-        "of_a_sink": sink("csv_sink", "/etc/hostile").SerializeToString(),
+        "of_a_sink": sink("csv_sink", "/proc/hostile/out").SerializeToString(),
     }
     for name, data in described.items():
         case = Case(Kind.DESCRIPTOR, plan_pb2.DoGet(plan_proto=data).SerializeToString())
