@@ -1,8 +1,8 @@
 """Plans that mean harm: a fuzzer that makes them, and the corpus of those that are kept.
 
 ``python -m fuzz`` mutates real plans and sends them to a running worker, next to a query that must go on getting its
-rows; ``python -m fuzz.recipes`` writes what is made by hand in ``tests/data/hostile``.
+rows; ``python -m fuzz.corpus`` writes those that are kept, in ``tests/data/hostile``.
 
-Layers, each importing only from those before it: cases; building, seeds; extremes, arrow, mutate; recipes, corpus;
-target, minimize; __main__.
+Layers, each importing only from those before it: cases; building, seeds; arrow, mutate, minimize; target; recipes,
+corpus; the command line.
 """

@@ -2,9 +2,7 @@
 
 import asyncio
 import contextlib
-import os
 import re
-import resource
 import socket
 import sys
 import time
@@ -23,6 +21,9 @@ import pyarrow as pa
 from fuzz.building import planned
 from fuzz.cases import EXECUTE_QUERY, Case, Kind
 from worker.proto import Flight_pb2, Flight_pb2_grpc, plan_pb2, worker_pb2, worker_pb2_grpc
+
+# Where the worker's package is.
+ROOT = Path(__file__).parent.parent
 
 # An answer that takes longer is none.
 SECONDS = 10.0
@@ -55,9 +56,10 @@ class Answer:
     seconds: float
 
     @property
-    def is_panic(self) -> bool:
-        """Whether the engine has panicked, and that is what the client was told."""
-        return self.status is grpc.StatusCode.INTERNAL and "panicked" in self.text
+    def is_unforeseen(self) -> bool:
+        """Whether the worker itself did not know what to say: neither the engine's errors nor its panics are that."""
+        told = self.text.startswith("DataFusion error") or "panicked" in self.text
+        return self.status is grpc.StatusCode.UNKNOWN or (self.status is grpc.StatusCode.INTERNAL and not told)
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,11 +365,11 @@ async def target(*options: str, memory: int, errors: Path | None = None) -> Asyn
         log = stack.enter_context(errors.open("ab")) if errors else DEVNULL
         metrics = _free_port()
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
+            *("sh", "-c", f'ulimit -v {memory >> 10}; ulimit -c 0; exec nice -n 5 "$0" "$@"', sys.executable),
             *("-m", "worker", "--port", "0", "--metrics-port", str(metrics), "--grace", "0", *options),
             stdout=PIPE,
             stderr=log,
-            preexec_fn=lambda: _limit(memory),
+            cwd=ROOT,
         )
         assert process.stdout is not None
         try:
@@ -385,12 +387,6 @@ def _free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
         return port
-
-
-def _limit(memory: int) -> None:
-    os.nice(5)
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 async def _end(process: Process) -> None:

@@ -1,0 +1,164 @@
+"""The corpus of hostile plans, and how each of them has to be answered.
+
+``python -m fuzz.corpus`` writes the files of what is made by hand, and notes in the index how a worker answers what is
+new there; ``--again`` does so for all. Look at what has changed before you commit it: it is what will be expected.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from fuzz.cases import Case, Kind
+from fuzz.recipes import recipes
+from fuzz.target import Answer, Target, target
+
+FOLDER = Path(__file__).parent.parent / "tests" / "data" / "hostile"
+INDEX = FOLDER / "index.json"
+
+# Larger cases are made when they are needed.
+MAX_FILE = 100_000
+
+# So much of a refusal's text is expected.
+FRAGMENT = 70
+
+ADDRESS_SPACE = 8 << 30
+
+OPTIONS = ("--idle-time", "1", "--log-level", "error")
+
+
+class How(StrEnum):
+    """How a case is answered."""
+
+    REFUSED = "refused"
+    """Before DataFusion sees it."""
+    STATUS = "status"
+    """By DataFusion, or after it has decoded the plan; also with rows."""
+    REPLACED = "replaced"
+    """Not: it ends the process, and another takes its place."""
+
+
+# How texts begin that DataFusion, and not a check before it, is the source of.
+_BY_THE_ENGINE = ("DataFusion", "the plan does not decode", "the session has no", "partition ")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A case of the corpus."""
+
+    name: str
+    kind: Kind
+    about: str
+    """What is wrong with it."""
+    source: str
+    """What it was made by."""
+    how: How | None
+    """None while nobody has said."""
+    status: str
+    text: str
+    """What the refusal begins with."""
+
+    def case(self) -> Case:
+        """What is sent."""
+        file = FOLDER / f"{self.name}.binpb"
+        return Case(self.kind, file.read_bytes()) if file.exists() else _by_hand()[self.name][1]
+
+    def is_answered_by(self, answer: Answer) -> bool:
+        """Whether this is the expected answer, of a process that has lived on."""
+        return self.status == answer.status.name and answer.text.startswith(self.text)
+
+
+def entries() -> list[Entry]:
+    """The corpus, by name."""
+    index: dict[str, dict[str, Any]] = json.loads(INDEX.read_text()) if INDEX.exists() else {}
+    return [
+        Entry(
+            name,
+            Kind(each["kind"]),
+            each["about"],
+            each["source"],
+            How(each["how"]) if each["how"] else None,
+            each["status"],
+            each["text"],
+        )
+        for name, each in sorted(index.items())
+    ]
+
+
+@cache
+def _by_hand() -> dict[str, tuple[str, Case]]:
+    return {name: (about, case) for name, about, case in recipes()}
+
+
+def main() -> None:
+    """Writes the corpus."""
+    parser = argparse.ArgumentParser("python -m fuzz.corpus", description=__doc__)
+    parser.add_argument("--again", action="store_true", help="note anew how all are answered")
+    arguments = parser.parse_args()
+    known = {entry.name: entry for entry in entries()}
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name, (about, case) in _by_hand().items():
+        if len(case.data) <= MAX_FILE:
+            (FOLDER / f"{name}.binpb").write_bytes(case.data)
+        old = known.get(name)
+        how, status, text = (old.how, old.status, old.text) if old else (None, "", "")
+        known[name] = Entry(name, case.kind, about, "fuzz/recipes.py", how, status, text)
+    asyncio.run(_note(known, again=arguments.again))
+    _write(known)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+async def _note(known: dict[str, Entry], *, again: bool) -> None:
+    waiting = [entry for entry in known.values() if again or entry.how is None]
+    while waiting:
+        async with target(*OPTIONS, memory=ADDRESS_SPACE) as attacked:
+            while waiting:
+                entry = waiting.pop(0)
+                answer = await attacked.client.send(entry.case())
+                noted = await _noted(entry, answer, attacked)
+                if (noted.how, noted.status, noted.text) != (entry.how, entry.status, entry.text):
+                    print(f"{noted.name}: {noted.how} {noted.status} {answer.text[:200]!r} {answer.seconds:.2f} s", flush=True)
+                known[entry.name] = noted
+                if noted.how is How.REPLACED or not await attacked.bystander.ask():
+                    break
+
+
+async def _noted(entry: Entry, answer: Answer, attacked: Target) -> Entry:
+    how, status, text = How.STATUS, answer.status.name, ""
+    if await attacked.died_over(answer):
+        how, status = How.REPLACED, grpc.StatusCode.UNAVAILABLE.name
+    elif answer.status not in {
+        grpc.StatusCode.OK,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+    } and not answer.text.startswith(_BY_THE_ENGINE):
+        how, text = How.REFUSED, answer.text[:FRAGMENT]
+    return Entry(entry.name, entry.kind, entry.about, entry.source, how, status, text)
+
+
+def _write(known: dict[str, Entry]) -> None:
+    index = {
+        entry.name: {
+            "kind": entry.kind,
+            "about": entry.about,
+            "source": entry.source,
+            "how": entry.how,
+            "status": entry.status,
+            "text": entry.text,
+        }
+        for entry in sorted(known.values(), key=lambda entry: entry.name)
+    }
+    INDEX.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
