@@ -21,7 +21,7 @@ from fuzz import seeds
 from fuzz.cases import Case
 from fuzz.minimize import minimized
 from fuzz.mutate import Mutator
-from fuzz.target import RECOVERY_SECONDS, SECONDS, Answer, Target, Usage, target
+from fuzz.target import SECONDS, Answer, Target, Usage, target
 
 MEBIBYTE = 1 << 20
 
@@ -145,7 +145,9 @@ class _Fuzzing:
             async with Target(None, self._arguments.url, None) as running:
                 yield running
         else:
-            async with target("--idle-time", "1", "--log-level", "error", memory=ADDRESS_SPACE, errors=self._log) as running:
+            async with target(
+                "--idle-time", "1", "--log-level", "error", memory=ADDRESS_SPACE, errors=self._log
+            ) as running:
                 yield running
 
     async def _verdict(self, attacked: Target, answer: Answer) -> str | None:

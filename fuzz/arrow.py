@@ -21,7 +21,7 @@ _DICTIONARY_DATA = 1
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """Where in bytes the numbers of a record batch or dictionary are; all are little-endian, 64 bits wide if not told."""
+    """Where in bytes the numbers of a record batch or dictionary are; all of 64 bits if not told."""
 
     framing: int | None
     """The length of the metadata, of 32 bits; None where the metadata stands alone."""

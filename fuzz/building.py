@@ -6,9 +6,17 @@ from typing import Any
 import pyarrow as pa
 from datafusion import SessionConfig, SessionContext
 
+from fuzz.cases import FOLDER
 from worker import plan, plan_proto
 from worker.plan_proto import Message, PhysicalPlanNode
 from worker.proto import nodes_pb2
+
+# Files that are the client's to read.
+FILES = {
+    "csv_scan": f"{FOLDER}/x.csv",
+    "json_scan": f"{FOLDER}/x.json",
+    "parquet_scan": f"{FOLDER}/x.parquet",
+}
 
 NUMBERS = pa.schema([pa.field("x", pa.int64())])
 
@@ -157,3 +165,22 @@ def network(kind: str, partitions: int, urls: Iterable[str], query: bytes, **sta
         partitioning=plan_proto.Partitioning(unknown=partitions).SerializeToString(),
         input_stage={"query_id": query, "num": 2, "tasks": [{"url_str": url} for url in urls], **stage},
     )
+
+
+def series(start: int, end: int, step: int, rows: int) -> Message:
+    """Numbers from one to another, in batches of so many rows."""
+    arguments = {"start": start, "end": end, "step": step, "include_end": True, "name": 1}
+    return node("generate_series", schema=schema(pa.int64()), target_batch_size=rows, int64_args=arguments)
+
+
+def repeated(plan: Message, times: int) -> Message:
+    """A union of a plan with itself."""
+    return node("union", *[plan] * times)
+
+
+def joined(plan: Message, **fields: Any) -> Message:
+    """A plan with other values for fields of its hash joins."""
+    for each in plan_proto.nodes(plan):
+        if plan_proto.kind(each) == "hash_join":
+            fill(each.hash_join, fields)
+    return plan

@@ -18,8 +18,11 @@ class Kind(StrEnum):
     SET_PLAN = "set_plan"
     """A ``worker.SetPlanRequest``, the first message of a ``CoordinatorChannel``; its task is read if it gets one."""
     EXECUTE = "execute"
-    """A ``worker.ExecuteTaskRequest``, of the task with the key ``EXECUTE_QUERY``, 0, 0, which has a harmless plan."""
+    """A ``worker.ExecuteTaskRequest``, of a task that has its key and a harmless plan."""
 
+
+# Stands in paths for the folder whose files a worker may read; it is another one each time.
+FOLDER = "/hostile-folder"
 
 EXECUTE_QUERY = bytes(15) + b"\x01"
 

@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -16,13 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import csv
 
-from fuzz.cases import Case, Kind
+from fuzz.cases import FOLDER, Case, Kind
+from fuzz.mutate import messages
 from fuzz.recipes import recipes
 from fuzz.target import Answer, Target, target
+from worker import plan_proto
 
-FOLDER = Path(__file__).parent.parent / "tests" / "data" / "hostile"
-INDEX = FOLDER / "index.json"
+CORPUS = Path(__file__).parent.parent / "tests" / "data" / "hostile"
+INDEX = CORPUS / "index.json"
 
 # Larger cases are made when they are needed.
 MAX_FILE = 100_000
@@ -32,7 +38,19 @@ FRAGMENT = 70
 
 ADDRESS_SPACE = 8 << 30
 
-OPTIONS = ("--idle-time", "1", "--log-level", "error")
+
+def options(folder: Path) -> tuple[str, ...]:
+    """How a worker is started that the corpus is sent to."""
+    return ("--idle-time", "1", "--log-level", "error", "--allow-path", str(folder))
+
+
+def prepare(folder: Path) -> None:
+    """Makes the files that a worker may read, and a link to one that it may not."""
+    numbers = pa.table({"x": ["a", "b"]})
+    pq.write_table(numbers, folder / "x.parquet")
+    csv.write_csv(numbers, folder / "x.csv")
+    (folder / "x.json").write_text('{"x": "a"}\n')
+    (folder / "link").symlink_to("/etc/passwd")
 
 
 class How(StrEnum):
@@ -66,10 +84,11 @@ class Entry:
     text: str
     """What the refusal begins with."""
 
-    def case(self) -> Case:
-        """What is sent."""
-        file = FOLDER / f"{self.name}.binpb"
-        return Case(self.kind, file.read_bytes()) if file.exists() else _by_hand()[self.name][1]
+    def case(self, folder: Path) -> Case:
+        """What is sent to a worker that may read the files of a folder, those of ``prepare``."""
+        file = CORPUS / f"{self.name}.binpb"
+        case = Case(self.kind, file.read_bytes()) if file.exists() else _by_hand()[self.name][1]
+        return _placed(case, folder)
 
     def is_answered_by(self, answer: Answer) -> bool:
         """Whether this is the expected answer, of a process that has lived on."""
@@ -93,6 +112,16 @@ def entries() -> list[Entry]:
     ]
 
 
+def _placed(case: Case, folder: Path) -> Case:
+    if case.kind not in {Kind.PLAN, Kind.TASK} or FOLDER.encode() not in case.data:
+        return case
+    plan = plan_proto.parse(case.data)
+    for message in messages(plan):
+        if message.DESCRIPTOR.full_name == "datafusion.PartitionedFile":
+            message.path = message.path.replace(FOLDER, str(folder))
+    return Case(case.kind, plan.SerializeToString())
+
+
 @cache
 def _by_hand() -> dict[str, tuple[str, Case]]:
     return {name: (about, case) for name, about, case in recipes()}
@@ -104,29 +133,34 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="note anew how all are answered")
     arguments = parser.parse_args()
     known = {entry.name: entry for entry in entries()}
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    CORPUS.mkdir(parents=True, exist_ok=True)
     for name, (about, case) in _by_hand().items():
         if len(case.data) <= MAX_FILE:
-            (FOLDER / f"{name}.binpb").write_bytes(case.data)
+            (CORPUS / f"{name}.binpb").write_bytes(case.data)
         old = known.get(name)
         how, status, text = (old.how, old.status, old.text) if old else (None, "", "")
         known[name] = Entry(name, case.kind, about, "fuzz/recipes.py", how, status, text)
-    asyncio.run(_note(known, again=arguments.again))
+    with tempfile.TemporaryDirectory(prefix="hostile-") as folder:
+        prepare(Path(folder))
+        asyncio.run(_note(known, Path(folder), again=arguments.again))
     _write(known)
     sys.stdout.flush()
     os._exit(0)
 
 
-async def _note(known: dict[str, Entry], *, again: bool) -> None:
+async def _note(known: dict[str, Entry], folder: Path, *, again: bool) -> None:
     waiting = [entry for entry in known.values() if again or entry.how is None]
     while waiting:
-        async with target(*OPTIONS, memory=ADDRESS_SPACE) as attacked:
+        async with target(*options(folder), memory=ADDRESS_SPACE) as attacked:
             while waiting:
                 entry = waiting.pop(0)
-                answer = await attacked.client.send(entry.case())
+                answer = await attacked.client.send(entry.case(folder))
                 noted = await _noted(entry, answer, attacked)
                 if (noted.how, noted.status, noted.text) != (entry.how, entry.status, entry.text):
-                    print(f"{noted.name}: {noted.how} {noted.status} {answer.text[:200]!r} {answer.seconds:.2f} s", flush=True)
+                    print(
+                        f"{noted.name}: {noted.how} {noted.status} {answer.text[:200]!r} {answer.seconds:.2f} s",
+                        flush=True,
+                    )
                 known[entry.name] = noted
                 if noted.how is How.REPLACED or not await attacked.bystander.ask():
                     break

@@ -1,6 +1,7 @@
 """Cases made smaller for as long as they do the same."""
 
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from typing import TypeAlias
 
 from google.protobuf.message import DecodeError
@@ -47,21 +48,16 @@ async def minimized(case: Case, does_the_same: Callable[[Case], Awaitable[bool]]
 
 def _steps(message: Message) -> Iterator[_Step]:
     """What could be left out, the largest parts first. A step says whether what it is about is still there."""
-    paths = sorted(_paths(message, ()), key=lambda path: (len(path), path))
-    for path in paths:
-        yield lambda root, path=path: _hoist(root, path)
-    for path in paths:
-        if path:
-            yield lambda root, path=path: _drop(root, path)
+    paths = sorted(_paths(message, ()), key=lambda path: (len(path), str(path)))
+    yield from (partial(_hoist, path=path) for path in paths)
+    yield from (partial(_drop, path=path) for path in paths if path)
     for path in paths:
         part = _find(message, path)
         for field, value in part.ListFields() if part is not None else ():
-            if field.is_repeated and not field.message_type:
-                yield lambda root, path=path, name=field.name: _halve(root, path, name)
-            elif field.is_repeated and len(value) > 4:
-                yield lambda root, path=path, name=field.name: _halve(root, path, name)
+            if field.is_repeated and (not field.message_type or len(value) > 4):
+                yield partial(_halve, path=path, name=field.name)
             elif not field.message_type:
-                yield lambda root, path=path, name=field.name: _clear(root, path, name)
+                yield partial(_clear, path=path, name=field.name)
 
 
 def _paths(message: Message, path: _Path) -> Iterator[_Path]:

@@ -44,7 +44,19 @@ _STRINGS = (
     "9" * 400,
     "$1\\",
 )
-_OPERATORS = ("And", "Or", "Plus", "Minus", "Multiply", "Divide", "Modulo", "Eq", "Lt", "RegexMatch", "BitwiseShiftLeft")
+_OPERATORS = (
+    "And",
+    "Or",
+    "Plus",
+    "Minus",
+    "Multiply",
+    "Divide",
+    "Modulo",
+    "Eq",
+    "Lt",
+    "RegexMatch",
+    "BitwiseShiftLeft",
+)
 _REPEATS = (2, 3, 16, 300, 10_000)
 
 # Bytes that are messages themselves, by the names of their fields.
@@ -59,7 +71,10 @@ _INNER: dict[str, Callable[[], Any]] = {
     "worker.RepartitionExecHead.partitioning": plan_proto.Partitioning,
 }
 _STREAM = "datafusion.MemoryScanExecNode.partitions"
-_METADATA = ("datafusion_common.ScalarNestedValue.ipc_message", "datafusion_common.ScalarNestedValue.Dictionary.ipc_message")
+_METADATA = (
+    "datafusion_common.ScalarNestedValue.ipc_message",
+    "datafusion_common.ScalarNestedValue.Dictionary.ipc_message",
+)
 
 REQUESTS: dict[Kind, Callable[[], Any]] = {
     Kind.PLAN: plan_proto.PhysicalPlanNode,
@@ -86,7 +101,7 @@ class Mutator:
         self._random = random.Random(seed)
         self._by_type: dict[str, list[Message]] = {}
         for plan in plans:
-            for message in _messages(plan):
+            for message in messages(plan):
                 self._by_type.setdefault(message.DESCRIPTOR.full_name, []).append(message)
 
     def case(self) -> Case:
@@ -116,7 +131,7 @@ class Mutator:
 
     def _change(self, message: Message, depth: int) -> None:
         """Changes something in a message: itself, a message in it, or one that stands in it as bytes."""
-        chosen = self._random.choice(list(_messages(message)))
+        chosen = self._random.choice(list(messages(message)))
         inner = [
             field
             for field, value in chosen.ListFields()
@@ -181,7 +196,7 @@ class Mutator:
             case FieldDescriptor.CPPTYPE_BOOL:
                 return self._random.random() < 0.5
             case FieldDescriptor.CPPTYPE_ENUM:
-                return self._random.choice((*field.enum_type.values_by_number, 77, (1 << 31) - 1, -1))
+                return self._random.choice((0, 1, 2, 3, 5, 8, 77, (1 << 31) - 1, -1))
             case FieldDescriptor.CPPTYPE_DOUBLE | FieldDescriptor.CPPTYPE_FLOAT:
                 return self._random.choice(_FLOATS)
             case FieldDescriptor.CPPTYPE_STRING if field.type == FieldDescriptor.TYPE_BYTES:
@@ -238,7 +253,10 @@ class Mutator:
             values = self._random.choice(repeated)
             kept_values = list(values)
             self._random.shuffle(kept_values)
-            copies = [type(each).FromString(each.SerializeToString()) if hasattr(each, "SerializeToString") else each for each in kept_values]
+            copies = [
+                type(each).FromString(each.SerializeToString()) if hasattr(each, "SerializeToString") else each
+                for each in kept_values
+            ]
             del values[:]
             values.extend(copies)
 
@@ -263,9 +281,7 @@ class Mutator:
 
     def _deepen(self, message: Message) -> None:
         """Makes an expression a long chain of operands, or one in many others."""
-        expressions = [
-            each for each in _messages(message) if each.DESCRIPTOR.full_name == "datafusion.PhysicalExprNode"
-        ]
+        expressions = [each for each in messages(message) if each.DESCRIPTOR.full_name == "datafusion.PhysicalExprNode"]
         if not expressions:
             self._wrap(message)
             return
@@ -286,14 +302,14 @@ class Mutator:
 
     def _wrap(self, message: Message) -> None:
         """Puts a node of another plan over a node."""
-        nodes = [each for each in _messages(message) if each.DESCRIPTOR.full_name == "datafusion.PhysicalPlanNode"]
+        nodes = [each for each in messages(message) if each.DESCRIPTOR.full_name == "datafusion.PhysicalPlanNode"]
         if not nodes:
             self._set_scalar(message)
             return
         chosen = self._random.choice(nodes)
         wrapper = plan_proto.PhysicalPlanNode()
         wrapper.CopyFrom(self._random.choice(self._by_type["datafusion.PhysicalPlanNode"]))
-        inputs = [each for each in _messages(wrapper) if each.DESCRIPTOR.full_name == "datafusion.PhysicalPlanNode"]
+        inputs = [each for each in messages(wrapper) if each.DESCRIPTOR.full_name == "datafusion.PhysicalPlanNode"]
         if len(inputs) > 1:
             self._random.choice(inputs[1:]).CopyFrom(chosen)
         chosen.CopyFrom(wrapper)
@@ -353,13 +369,15 @@ class Mutator:
         """The stream compressed, another one, or both after each other."""
         match self._random.randrange(4):
             case 0:
-                zeros = pa.array([0] * (self._random.choice((1 << 10, 1 << 20)) + self._random.randrange(9)), pa.int64())
+                zeros = pa.array(
+                    [0] * (self._random.choice((1 << 10, 1 << 20)) + self._random.randrange(9)), pa.int64()
+                )
                 return arrow.stream(pa.RecordBatch.from_arrays([zeros], ["id"]), self._random.choice(("zstd", "lz4")))
             case 1:
                 return data + data
             case _:
                 scans = self._by_type["datafusion.MemoryScanExecNode"]
-                stream = self._random.choice(self._random.choice(scans).partitions or [b""])
+                stream: bytes = self._random.choice(self._random.choice(scans).partitions or [b""])
                 try:
                     with pa.ipc.open_stream(stream) as reader:
                         batch = next(iter(reader), None)
@@ -371,17 +389,26 @@ class Mutator:
                 return self._change_bytes(compressed) if self._random.random() < 0.5 else compressed
 
     def _number(self, bits: int) -> int:
-        extremes = ((1 << bits) - 1, 1 << (bits - 1), -1, -8, -(1 << bits), 1 << 40, 1 << 33, self._random.getrandbits(bits))
+        extremes = (
+            (1 << bits) - 1,
+            1 << (bits - 1),
+            -1,
+            -8,
+            -(1 << bits),
+            1 << 40,
+            1 << 33,
+            self._random.getrandbits(bits),
+        )
         return self._random.choice((*_INTEGERS, *extremes))
 
 
-def _messages(message: Message) -> Iterator[Message]:
-    """A message and all messages in it."""
+def messages(message: Message) -> Iterator[Message]:
+    """A message and all messages in it, but for those that stand in it as bytes."""
     yield message
     for field, value in message.ListFields():
         if field.message_type and not _is_map(field):
             for each in value if field.is_repeated else [value]:
-                yield from _messages(each)
+                yield from messages(each)
 
 
 def _is_map(field: FieldDescriptor) -> bool:

@@ -22,6 +22,8 @@ ROWS = 200
 # Nobody listens there: what a mutated plan asks of other workers is refused at once.
 NOBODY = "http://127.0.0.1:1"
 
+QUERY = uuid.UUID(int=7).bytes
+
 QUERIES = (
     "SELECT * FROM orders",
     "SELECT key, price * 2 AS double, city FROM orders WHERE price > 50 AND city LIKE 'O%' ORDER BY price DESC LIMIT 7",
@@ -58,7 +60,8 @@ QUERIES = (
     "SELECT id FROM few WHERE tags <> [1, 2, 3] OR point = named_struct('x', 1, 'y', 2.5) OR id IN (1, 2, 3, 4, 5)",
     "SELECT MAP {'a': id, 'b': 2} AS m, make_array(id, 3) AS l FROM few",
     "SELECT date_trunc('month', day) AS m, extract(year FROM day) AS y, day + INTERVAL '3 days' AS d FROM lines",
-    "SELECT to_char(day, '%Y-%m-%d'), day AT TIME ZONE 'Europe/Rome' FROM (SELECT CAST(day AS TIMESTAMP) AS day FROM lines)",
+    "SELECT to_char(day, '%Y-%m-%d'), day AT TIME ZONE 'Europe/Rome' FROM "
+    "(SELECT CAST(day AS TIMESTAMP) AS day FROM lines)",
     "SELECT regexp_replace(name, 'a+', 'b'), concat(name, '-', id), substr(name, 2, 3), repeat(name, 2) FROM few",
     "SELECT * FROM words WHERE length > 3 ORDER BY word",
     "SELECT word, coalesce(length, 0) FROM words w JOIN few f ON w.length = f.id",
@@ -124,11 +127,8 @@ def plans(folder: Path) -> Iterator[Message]:
     made = []
     for partitions in (1, 3):
         context = session(folder, partitions)
-        for query in QUERIES:
-            made.append(plan_proto.parse(context.sql(query).execution_plan().to_bytes()))
-    merge = SessionContext(
-        SessionConfig({"datafusion.optimizer.prefer_hash_join": "false"}).with_target_partitions(2)
-    )
+        made += [plan_proto.parse(context.sql(query).execution_plan().to_bytes()) for query in QUERIES]
+    merge = SessionContext(SessionConfig({"datafusion.optimizer.prefer_hash_join": "false"}).with_target_partitions(2))
     merge.register_parquet("orders", folder / "orders.parquet")
     made.append(
         plan_proto.parse(
@@ -145,7 +145,6 @@ def plans(folder: Path) -> Iterator[Message]:
     yield node("interleave", first, first)
     yield node("empty", schema=schema(pa.int64(), pa.string()), partitions=2)
     yield node("placeholder_row", schema=schema(pa.int64(), pa.list_(pa.string())), partitions=1)
-    query = uuid.UUID(int=7).bytes
     yield distributed("partition_isolator", first, n_tasks=2)
     yield distributed("broadcast", first, consumer_task_count=2)
     yield node("merge", distributed("sampler", first))
@@ -153,8 +152,8 @@ def plans(folder: Path) -> Iterator[Message]:
     yield distributed("children_isolator_union", first, first, partition_count=2, task_idx_map=children)
     stage = made[2].SerializeToString()
     for kind in ("shuffle", "coalesce", "network_broadcast"):
-        yield node("merge", network(kind, 3, [NOBODY, NOBODY], query))
-    yield node("merge", network("coalesce", 3, [NOBODY], query, plan_proto=stage))
+        yield node("merge", network(kind, 3, [NOBODY, NOBODY], QUERY))
+    yield node("merge", network("coalesce", 3, [NOBODY], QUERY, plan_proto=stage))
 
 
 def _sinks(folder: Path) -> Iterator[Message]:
@@ -192,7 +191,7 @@ def requests(folder: Path) -> list[Case]:
         *(
             Case(
                 Kind.EXECUTE,
-                worker_pb2.ExecuteTaskRequest(task_key=key, target_partition_end=1, **head).SerializeToString(),  # type: ignore[arg-type]
+                worker_pb2.ExecuteTaskRequest(task_key=key, target_partition_end=1, **head).SerializeToString(),
             )
             for head in heads
         ),
