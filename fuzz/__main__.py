@@ -130,13 +130,10 @@ class _Fuzzing:
                 await attacked.bystander.ask()
             if attacked.is_ours and self._before is None:
                 self._before = attacked.usage()
-            going_on = asyncio.create_task(attacked.bystander.go_on())
             try:
-                yield attacked
+                async with attacked.bystander.asking():
+                    yield attacked
             finally:
-                going_on.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await going_on
                 self._problems += attacked.bystander.problems
 
     @asynccontextmanager

@@ -90,9 +90,9 @@ class Entry:
         case = Case(self.kind, file.read_bytes()) if file.exists() else _by_hand()[self.name][1]
         return _placed(case, folder)
 
-    def is_answered_by(self, answer: Answer) -> bool:
-        """Whether this is the expected answer, of a process that has lived on."""
-        return self.status == answer.status.name and answer.text.startswith(self.text)
+    def is_answered_by(self, answer: Answer, folder: Path) -> bool:
+        """Whether this is the expected answer, of a process that has lived on and may read the files of a folder."""
+        return self.status == answer.status.name and _displaced(answer, folder).startswith(self.text)
 
 
 def entries() -> list[Entry]:
@@ -120,6 +120,10 @@ def _placed(case: Case, folder: Path) -> Case:
         if message.DESCRIPTOR.full_name == "datafusion.PartitionedFile":
             message.path = message.path.replace(FOLDER, str(folder))
     return Case(case.kind, plan.SerializeToString())
+
+
+def _displaced(answer: Answer, folder: Path) -> str:
+    return answer.text.replace(str(folder), FOLDER)
 
 
 @cache
@@ -155,7 +159,7 @@ async def _note(known: dict[str, Entry], folder: Path, *, again: bool) -> None:
             while waiting:
                 entry = waiting.pop(0)
                 answer = await attacked.client.send(entry.case(folder))
-                noted = await _noted(entry, answer, attacked)
+                noted = await _noted(entry, answer, attacked, folder)
                 if (noted.how, noted.status, noted.text) != (entry.how, entry.status, entry.text):
                     print(
                         f"{noted.name}: {noted.how} {noted.status} {answer.text[:200]!r} {answer.seconds:.2f} s",
@@ -166,7 +170,7 @@ async def _note(known: dict[str, Entry], folder: Path, *, again: bool) -> None:
                     break
 
 
-async def _noted(entry: Entry, answer: Answer, attacked: Target) -> Entry:
+async def _noted(entry: Entry, answer: Answer, attacked: Target, folder: Path) -> Entry:
     how, status, text = How.STATUS, answer.status.name, ""
     if await attacked.died_over(answer):
         how, status = How.REPLACED, grpc.StatusCode.UNAVAILABLE.name
@@ -175,7 +179,7 @@ async def _noted(entry: Entry, answer: Answer, attacked: Target) -> Entry:
         grpc.StatusCode.INTERNAL,
         grpc.StatusCode.DEADLINE_EXCEEDED,
     } and not answer.text.startswith(_BY_THE_ENGINE):
-        how, text = How.REFUSED, answer.text[:FRAGMENT]
+        how, text = How.REFUSED, _displaced(answer, folder)[:FRAGMENT]
     return Entry(entry.name, entry.kind, entry.about, entry.source, how, status, text)
 
 

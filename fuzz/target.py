@@ -243,8 +243,18 @@ class Bystander:
         self.answers += 1
         return True
 
-    async def go_on(self) -> None:
-        """Asks until cancelled, again where the worker was not there."""
+    @asynccontextmanager
+    async def asking(self) -> AsyncIterator[None]:
+        """Asks again and again for as long as the block lasts."""
+        going_on = asyncio.create_task(self._go_on())
+        try:
+            yield
+        finally:
+            going_on.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await going_on
+
+    async def _go_on(self) -> None:
         while True:
             if not await self.ask():
                 self.retries += 1

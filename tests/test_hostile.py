@@ -3,8 +3,6 @@
 Each case has its expected answer in ``data/hostile/index.json``; ``python -m fuzz.corpus`` writes that.
 """
 
-import asyncio
-import contextlib
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -33,11 +31,8 @@ async def attacked(folder: Path) -> AsyncIterator[Target]:
     prepare(folder)
     async with target(*options(folder), memory=ADDRESS_SPACE) as running:
         assert await running.bystander.ask()
-        going_on = asyncio.create_task(running.bystander.go_on())
-        yield running
-        going_on.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await going_on
+        async with running.bystander.asking():
+            yield running
         assert running.bystander.problems == []
         assert running.bystander.answers > 1
 
@@ -60,7 +55,7 @@ async def test_every_case_is_answered_as_expected_and_nobody_else_notices(tmp_pa
             if entry.how is not How.REPLACED:
                 answer = await running.client.send(entry.case(tmp_path))
                 assert not await running.died_over(answer), entry.name
-                if not entry.is_answered_by(answer):
+                if not entry.is_answered_by(answer, tmp_path):
                     unexpected.append((entry.name, answer))
         assert unexpected == []
         assert await running.comes_to_rest(PATIENCE) == {}

@@ -96,7 +96,7 @@ def _files() -> Iterator[Recipe]:
         plan = file_scan("csv_scan", FILES["csv_scan"])
         plan.csv_scan.delimiter = plan.csv_scan.quote = plan.csv_scan.escape = plan.csv_scan.comment = text
         yield recipe(f"csv_delimiter_{name}", "a delimiter that is no byte", plan)
-    options: dict[str, Any]
+    options: Any
     for name, options in {
         "hint_2_64": {"metadata_size_hint": U64},
         "cache_2_64": {"max_predicate_cache_size": U64, "pushdown_filters": True},

@@ -29,8 +29,11 @@ FUNCTIONS: Mapping[str, tuple[str, Any]] = {
     "repeat_2_40": ("SELECT repeat('x', x) AS y FROM t", 1 << 40),
     "repeat_2_33": ("SELECT repeat('x', x) AS y FROM t", 1 << 33),
     "repeat_2_30": ("SELECT repeat('xxxxxxxx', x) AS y FROM t", 1 << 28),
-    "lpad_2_31": ("SELECT lpad('x', x) AS y FROM t", I32),
-    "rpad_2_31": ("SELECT rpad('x', x, 'ab') AS y FROM t", I32 - 1),
+    "lpad_2_24": ("SELECT lpad('x', x) AS y FROM t", 1 << 24),
+    "rpad_2_24": ("SELECT rpad('x', x, 'ab') AS y FROM t", 1 << 24),
+    "repeat_large_2_40": ("SELECT repeat(arrow_cast('x', 'LargeUtf8'), x) AS y FROM t", 1 << 40),
+    "array_resize_large_2_40": ("SELECT array_resize(arrow_cast([1], 'LargeList(Int64)'), x, 7) AS y FROM t", 1 << 40),
+    "percentile_of_2_32_centroids": ("SELECT approx_percentile_cont(x, 0.5, 4000000000) AS y FROM t", 1),
     "range_2_40": ("SELECT range(0, x) AS y FROM t", 1 << 40),
     "range_2_62": ("SELECT range(-x, x) AS y FROM t", 1 << 62),
     "generate_series_2_34": ("SELECT generate_series(0, x) AS y FROM t", 1 << 34),
@@ -77,8 +80,8 @@ FUNCTIONS: Mapping[str, tuple[str, Any]] = {
     "to_char_pattern": ("SELECT to_char(to_timestamp_seconds(x), '%9999999999Y%Q%%%') AS y FROM t", 1),
     "to_hex_negative": ("SELECT to_hex(x) AS y FROM t", -(1 << 63)),
     "regexp_replace_bomb": ("SELECT regexp_replace(repeat('a', x), 'a', repeat('b', 1000), 'g') AS y FROM t", 100_000),
-    "replace_bomb": ("SELECT replace(repeat('a', x), 'a', repeat('b', 10000)) AS y FROM t", 1_000_000),
-    "levenshtein_quadratic": ("SELECT levenshtein(repeat('a', x), repeat('b', x)) AS y FROM t", 300_000),
+    "replace_bomb": ("SELECT replace(repeat('a', x), 'a', repeat('b', 1000)) AS y FROM t", 10_000),
+    "levenshtein_quadratic": ("SELECT levenshtein(repeat('a', x), repeat('b', x)) AS y FROM t", 10_000),
 }
 
 
@@ -87,7 +90,8 @@ def _functions() -> Iterator[Recipe]:
     for name, (query, value) in FUNCTIONS.items():
         narrow = name in {"round_overflow", "trunc_overflow", "make_date_overflow"}
         plan = _over(query, value, kind=pa.int32() if narrow else pa.int64())
-        yield recipe(f"call_{name}", "a function with numbers that nobody means", plan)
+        kind = Kind.TASK if name.startswith("array_resize") else Kind.PLAN
+        yield recipe(f"call_{name}", "a function with numbers that nobody means", plan, kind)
     yield recipe("call_of_nobody", "a function that is not there", projected(call("harm", X)))
     yield recipe("call_with_nul", "a NUL in a function's name", projected(call("abs\0", X)))
     yield recipe("call_with_1_mb", "a long name", projected(call("a" * (1 << 20), X)))
