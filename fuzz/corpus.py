@@ -135,6 +135,9 @@ def main() -> None:
     """Writes the corpus."""
     parser = argparse.ArgumentParser("python -m fuzz.corpus", description=__doc__)
     parser.add_argument("--again", action="store_true", help="note anew how all are answered")
+    parser.add_argument(
+        "--add", type=Path, nargs="+", default=[], help="findings, each a .binpb with a .json beside it"
+    )
     arguments = parser.parse_args()
     known = {entry.name: entry for entry in entries()}
     CORPUS.mkdir(parents=True, exist_ok=True)
@@ -144,6 +147,11 @@ def main() -> None:
         old = known.get(name)
         how, status, text = (old.how, old.status, old.text) if old else (None, "", "")
         known[name] = Entry(name, case.kind, about, "fuzz/recipes.py", how, status, text)
+    for file in arguments.add:
+        told = json.loads(file.with_suffix(".json").read_text())
+        (CORPUS / file.name).write_bytes(file.read_bytes())
+        source = f"python -m fuzz --seed {told['seed']}, case {told['number']}"
+        known[file.stem] = Entry(file.stem, Kind(told["kind"]), told["details"], source, None, "", "")
     with tempfile.TemporaryDirectory(prefix="hostile-") as folder:
         prepare(Path(folder))
         asyncio.run(_note(known, Path(folder), again=arguments.again))

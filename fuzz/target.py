@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 import urllib.request
+import uuid
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -130,7 +131,8 @@ class Client:
                 return status, text
             case Kind.TASK:
                 self._numbers += 1
-                key = worker_pb2.TaskKey(query_id=self._numbers.to_bytes(16, "big"), stage_id=1, task_number=0)
+                query = uuid.uuid5(uuid.NAMESPACE_OID, str(self._numbers)).bytes
+                key = worker_pb2.TaskKey(query_id=query, stage_id=1, task_number=0)
                 return await self._set_plan(key, plan_proto=case.data)
             case Kind.SET_PLAN:
                 return await self._set_plan_bytes(case.data)
