@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -64,8 +65,10 @@ class How(StrEnum):
     """Not: it ends the process, and another takes its place."""
 
 
-# How texts begin that DataFusion, and not a check before it, is the source of.
-_BY_THE_ENGINE = ("DataFusion", "the plan does not decode", "the session has no", "partition ")
+# How texts begin that tell of what happened in or after decoding.
+_BY_THE_ENGINE = re.compile(
+    r"DataFusion|the plan does not decode|the session has no|partition \d+ not available|a row takes"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +189,7 @@ async def _noted(entry: Entry, answer: Answer, attacked: Target, folder: Path) -
         grpc.StatusCode.OK,
         grpc.StatusCode.INTERNAL,
         grpc.StatusCode.DEADLINE_EXCEEDED,
-    } and not answer.text.startswith(_BY_THE_ENGINE):
+    } and not _BY_THE_ENGINE.match(answer.text):
         how, text = How.REFUSED, _displaced(answer, folder)[:FRAGMENT]
     return Entry(entry.name, entry.kind, entry.about, entry.source, how, status, text)
 
