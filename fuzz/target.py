@@ -59,9 +59,8 @@ class Answer:
 
     @property
     def is_unforeseen(self) -> bool:
-        """Whether the worker itself did not know what to say: neither the engine's errors nor its panics are that."""
-        told = self.text.startswith("DataFusion error") or "panicked" in self.text
-        return self.status is grpc.StatusCode.UNKNOWN or (self.status is grpc.StatusCode.INTERNAL and not told)
+        """Whether the worker did not know what to say: what the engine says, and its panics, have names."""
+        return self.status is grpc.StatusCode.UNKNOWN or self.text.startswith("internal error")
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,9 +169,11 @@ class Client:
             key = worker_pb2.ExecuteTaskRequest.FromString(request).task_key
         except DecodeError:
             return await _status(self._execute(request, timeout=SECONDS))
+        # There is no stage with a task more than the largest number.
+        count = min(key.task_number + 1, (1 << 64) - 1)
         call = self._coordinator(timeout=SECONDS)
         try:
-            plan = worker_pb2.SetPlanRequest(task_key=key, task_count=key.task_number + 1, plan_proto=_HARMLESS)
+            plan = worker_pb2.SetPlanRequest(task_key=key, task_count=count, plan_proto=_HARMLESS)
             await call.write(worker_pb2.CoordinatorToWorkerMsg(set_plan_request=plan).SerializeToString())
             if await call.read() is grpc.aio.EOF:
                 return await call.code(), await call.details() or ""
