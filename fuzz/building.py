@@ -114,8 +114,11 @@ def projected(*expressions: Mapping[str, Any], of: Message | None = None) -> Mes
     return node("projection", numbers() if of is None else of, expr=expressions, expr_name=names)
 
 
-def file_scan(kind: str, path: str, *, url: str = "file:///", size: int = 1 << 10, **fields: Any) -> Message:
-    """A scan of a file that need not be there; further fields are those of ``FileScanExecConf``."""
+def file_scan(kind: str, path: str, *, url: str = "file:///", size: int = 0, **fields: Any) -> Message:
+    """A scan of a file that need not be there; further fields are those of ``FileScanExecConf``.
+
+    A size of 0 stands for the file's own.
+    """
     conf: dict[str, Any] = {
         "file_groups": [{"files": [{"path": path, "size": size}]}],
         "schema": schema(pa.field("x", pa.string())),

@@ -120,8 +120,9 @@ def _placed(case: Case, folder: Path) -> Case:
         return case
     plan = plan_proto.parse(case.data)
     for message in messages(plan):
-        if message.DESCRIPTOR.full_name == "datafusion.PartitionedFile":
+        if message.DESCRIPTOR.full_name == "datafusion.PartitionedFile" and FOLDER in message.path:
             message.path = message.path.replace(FOLDER, str(folder))
+            message.size = message.size or Path(message.path).stat().st_size
     return Case(case.kind, plan.SerializeToString())
 
 

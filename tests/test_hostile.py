@@ -55,6 +55,7 @@ async def test_every_case_is_answered_as_expected_and_nobody_else_notices(tmp_pa
             if entry.how is not How.REPLACED:
                 answer = await running.client.send(entry.case(tmp_path))
                 assert not await running.died_over(answer), entry.name
+                assert not answer.is_unforeseen, (entry.name, answer)
                 if not entry.is_answered_by(answer, tmp_path):
                     unexpected.append((entry.name, answer))
         assert unexpected == []

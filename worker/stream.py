@@ -179,6 +179,8 @@ class PartitionStream:
         try:
             with plan.execution_errors():
                 batch = reading.result()
+                # A name that C has no string for is an error of the plan's, too.
+                batch = None if batch is None else batch.to_pyarrow()
         except StopAsyncIteration:
             self._ended = True
         except BaseException as error:
@@ -187,7 +189,7 @@ class PartitionStream:
         else:
             self._fast_reads += 1
             if batch is not None:
-                self._batches.append(batch.to_pyarrow())
+                self._batches.append(batch)
         if not self._ended and not self._has_enough():
             self._reading = self._start_reading()
 

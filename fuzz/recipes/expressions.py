@@ -10,6 +10,7 @@ from fuzz.building import (
     numbers,
     projected,
 )
+from fuzz.cases import Kind
 from fuzz.recipes.recipe import U32, U64, Recipe, recipe
 
 
@@ -79,11 +80,9 @@ def _expressions() -> Iterator[Recipe]:
         "more expressions than names",
         node("projection", numbers(), expr=[X] * 9, expr_name=["a"]),
     )
-    yield recipe(
-        "projection_name_with_nul",
-        "a NUL in a column's name",
-        node("projection", numbers(), expr=[X], expr_name=["a\0b"]),
-    )
+    named = node("projection", numbers(), expr=[X], expr_name=["a\0b"])
+    yield recipe("projection_name_with_nul", "a NUL in a column's name", named)
+    yield recipe("projection_name_with_nul_as_task", "a NUL in a column's name", named, Kind.TASK)
     yield recipe(
         "projection_names_of_1_mb", "a long name", node("projection", numbers(), expr=[X], expr_name=["a" * (1 << 20)])
     )
