@@ -109,6 +109,11 @@ class _Fuzzing:
                     self._statuses[answer.status.name] += 1
                     if what := await self._verdict(attacked, answer):
                         self._note(Finding(what, case, number, f"{answer.status.name}: {answer.text[:300]}"))
+                    if attacked.bystander.slowest > SECONDS / 2:
+                        self._problems.append(
+                            f"the bystander waited {attacked.bystander.slowest:.1f} s by case {number}"
+                        )
+                        attacked.bystander.slowest = 0
                     if what in ENDS:
                         break
                     if number % LOOK_EVERY == 0:
@@ -168,9 +173,6 @@ class _Fuzzing:
                 or usage.threads > self._before.threads + MORE_THREADS
             ):
                 self._problems.append(f"after {number} cases the worker has {usage}, at first {self._before}")
-        if attacked.bystander.slowest > SECONDS / 2:
-            self._problems.append(f"the bystander had to wait for {attacked.bystander.slowest:.1f} s")
-            attacked.bystander.slowest = 0
 
     def _note(self, finding: Finding) -> None:
         print(f"FOUND {finding.what} over case {finding.number}, {finding.case}: {finding.details}", flush=True)

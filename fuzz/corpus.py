@@ -39,6 +39,9 @@ FRAGMENT = 70
 
 ADDRESS_SPACE = 8 << 30
 
+# The source of what no mutation has made.
+BY_HAND = "fuzz/recipes"
+
 
 def options(folder: Path) -> tuple[str, ...]:
     """How a worker is started that the corpus is sent to."""
@@ -145,12 +148,15 @@ def main() -> None:
     arguments = parser.parse_args()
     known = {entry.name: entry for entry in entries()}
     CORPUS.mkdir(parents=True, exist_ok=True)
+    for name in [name for name, entry in known.items() if entry.source == BY_HAND and name not in _by_hand()]:
+        del known[name]
+        (CORPUS / f"{name}.binpb").unlink(missing_ok=True)
     for name, (about, case) in _by_hand().items():
         if len(case.data) <= MAX_FILE:
             (CORPUS / f"{name}.binpb").write_bytes(case.data)
         old = known.get(name)
         how, status, text = (old.how, old.status, old.text) if old else (None, "", "")
-        known[name] = Entry(name, case.kind, about, "fuzz/recipes.py", how, status, text)
+        known[name] = Entry(name, case.kind, about, BY_HAND, how, status, text)
     for file in arguments.add:
         told = json.loads(file.with_suffix(".json").read_text())
         (CORPUS / file.name).write_bytes(file.read_bytes())
