@@ -19,7 +19,7 @@ from fuzz.building import (
     schema,
     series,
 )
-from fuzz.cases import FOLDER, Kind
+from fuzz.cases import Kind
 from fuzz.recipes.recipe import I32, I64, U32, U64, Recipe, recipe
 from worker import plan_proto
 
@@ -72,7 +72,7 @@ def _partitions() -> Iterator[Recipe]:
         "repartition_range_50_000", "split points without values", node("repartition", numbers(), partitioning=split)
     )
     plan = file_scan(
-        "csv_scan", f"{FOLDER}/words.csv", output_partitioning={"hash": {"hash_expr": [X], "partition_count": U64}}
+        "csv_scan", FILES["csv_scan"], output_partitioning={"hash": {"hash_expr": [X], "partition_count": U64}}
     )
     yield recipe("scan_says_2_64_partitions", about, plan)
 
