@@ -30,9 +30,6 @@ GROWTH = 600 * MEBIBYTE
 MORE_DESCRIPTORS = 40
 MORE_THREADS = 60
 
-# The worker's address space: threads' stacks are most of it, and take no memory.
-ADDRESS_SPACE = 12 << 30
-
 # So often it is looked at in between, which takes a while: it has to come to rest.
 LOOK_EVERY = 500
 REST_SECONDS = 15.0
@@ -147,9 +144,7 @@ class _Fuzzing:
             async with Target(None, self._arguments.url, None) as running:
                 yield running
         else:
-            async with target(
-                "--idle-time", "1", "--log-level", "error", memory=ADDRESS_SPACE, errors=self._log
-            ) as running:
+            async with target("--idle-time", "1", "--log-level", "error", errors=self._log) as running:
                 yield running
 
     async def _verdict(self, attacked: Target, answer: Answer) -> str | None:
@@ -165,14 +160,23 @@ class _Fuzzing:
         # The bystander's own request may be under way.
         if held and (held.get("tasks", 0) > 1 or held.get("streams", 0) > 1):
             self._problems.append(f"after {number} cases the worker holds {held}")
-        if attacked.is_ours and self._before is not None:
-            usage = attacked.usage()
-            if (
-                usage.resident > self._before.resident + GROWTH
-                or usage.descriptors > self._before.descriptors + MORE_DESCRIPTORS
-                or usage.threads > self._before.threads + MORE_THREADS
-            ):
-                self._problems.append(f"after {number} cases the worker has {usage}, at first {self._before}")
+        end = time.monotonic() + REST_SECONDS
+        while attacked.is_ours and (grown := self._grown(attacked.usage())):
+            if time.monotonic() > end:
+                self._problems.append(f"after {number} cases the worker has {grown}, at first {self._before}")
+                break
+            await asyncio.sleep(0.5)
+
+    def _grown(self, usage: Usage) -> Usage | None:
+        """What the worker has, if that is much more than at first."""
+        before = self._before
+        if before is not None and (
+            usage.resident > before.resident + GROWTH
+            or usage.descriptors > before.descriptors + MORE_DESCRIPTORS
+            or usage.threads > before.threads + MORE_THREADS
+        ):
+            return usage
+        return None
 
     def _note(self, finding: Finding) -> None:
         print(f"FOUND {finding.what} over case {finding.number}, {finding.case}: {finding.details}", flush=True)

@@ -37,8 +37,6 @@ MAX_FILE = 100_000
 # So much of a refusal's text is expected.
 FRAGMENT = 70
 
-ADDRESS_SPACE = 8 << 30
-
 # The source of what no mutation has made.
 BY_HAND = "fuzz/recipes"
 
@@ -173,7 +171,7 @@ def main() -> None:
 async def _note(known: dict[str, Entry], folder: Path, *, again: bool) -> None:
     waiting = [entry for entry in known.values() if again or entry.how is None]
     while waiting:
-        async with target(*options(folder), memory=ADDRESS_SPACE) as attacked:
+        async with target(*options(folder)) as attacked:
             while waiting:
                 entry = waiting.pop(0)
                 answer = await attacked.client.send(entry.case(folder))

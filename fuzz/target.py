@@ -30,6 +30,13 @@ ROOT = Path(__file__).parent.parent
 # An answer that takes longer is none.
 SECONDS = 10.0
 
+# What is allocated at once fails beyond this. Most of a worker's address space are stacks, which take no memory.
+ADDRESS_SPACE = 48 << 30
+
+# A worker that has so much in memory is killed, before the machine is out of it.
+RESIDENT = 6 << 30
+WATCH_SECONDS = 0.1
+
 # Of an answer that goes on and on, so much is read before it is cancelled.
 MESSAGES = 20
 
@@ -365,19 +372,18 @@ def _read(url: str) -> str:
 
 
 @asynccontextmanager
-async def target(*options: str, memory: int, errors: Path | None = None) -> AsyncIterator[Target]:
-    """A worker, started for as long as the block lasts.
+async def target(*options: str, errors: Path | None = None) -> AsyncIterator[Target]:
+    """A worker, started for as long as the block lasts. It cannot take the machine's memory.
 
     Args:
         options: of the worker's command line.
-        memory: bytes of address space that it may have, so that what takes all memory takes not the machine's.
         errors: a file that its standard error goes to.
     """
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(errors.open("ab")) if errors else DEVNULL
         metrics = _free_port()
         process = await asyncio.create_subprocess_exec(
-            *("sh", "-c", f'ulimit -v {memory >> 10}; ulimit -c 0; exec nice -n 5 "$0" "$@"', sys.executable),
+            *("sh", "-c", f'ulimit -v {ADDRESS_SPACE >> 10}; ulimit -c 0; exec nice -n 5 "$0" "$@"', sys.executable),
             *("-m", "worker", "--port", "0", "--metrics-port", str(metrics), "--grace", "0", *options),
             stdout=PIPE,
             stderr=log,
@@ -389,7 +395,7 @@ async def target(*options: str, memory: int, errors: Path | None = None) -> Asyn
             if not line.startswith("listening on "):
                 raise RuntimeError(f"the worker did not start: {line!r}")
             url = line.removeprefix("listening on ").strip()
-            async with Target(process, url, f"http://127.0.0.1:{metrics}/metrics") as running:
+            async with Target(process, url, f"http://127.0.0.1:{metrics}/metrics") as running, _watched(process):
                 yield running
         finally:
             await _end(process)
@@ -401,11 +407,36 @@ def _free_port() -> int:
         return port
 
 
-async def _end(process: Process) -> None:
-    """Ends a process and those that it started, whatever state they are in."""
+@asynccontextmanager
+async def _watched(process: Process) -> AsyncIterator[None]:
+    async def watch() -> None:
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            for each in _family(process):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if each.memory_info().rss > RESIDENT:
+                        each.kill()
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watching.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watching
+
+
+def _family(process: Process) -> list[psutil.Process]:
+    """A process and those that it started."""
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(process.pid)
-        for each in (root, *root.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
+        return [root, *root.children(recursive=True)]
+    return []
+
+
+async def _end(process: Process) -> None:
+    """Ends a process and those that it started, whatever state they are in."""
+    for each in _family(process):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
     await process.wait()

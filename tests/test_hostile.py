@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from fuzz.corpus import ADDRESS_SPACE, CORPUS, Entry, How, entries, options, prepare
+from fuzz.corpus import CORPUS, Entry, How, entries, options, prepare
 from fuzz.recipes import recipes
 from fuzz.target import RECOVERY_SECONDS, Target, target
 
@@ -29,7 +29,7 @@ MAX_BYTES = 3 << 20
 async def attacked(folder: Path) -> AsyncIterator[Target]:
     """A worker and its bystander, who got right answers and no others when the block has ended."""
     prepare(folder)
-    async with target(*options(folder), memory=ADDRESS_SPACE) as running:
+    async with target(*options(folder)) as running:
         assert await running.bystander.ask()
         async with running.bystander.asking():
             yield running
