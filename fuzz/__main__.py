@@ -21,7 +21,7 @@ from fuzz import seeds
 from fuzz.cases import Case
 from fuzz.minimize import minimized
 from fuzz.mutate import Mutator
-from fuzz.target import SECONDS, Answer, Target, Usage, target
+from fuzz.target import Answer, Target, Usage, target
 
 MEBIBYTE = 1 << 20
 
