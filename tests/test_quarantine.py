@@ -6,9 +6,9 @@ import uuid
 import pytest
 
 from worker import PlanQuarantined
-from worker.board import ENTRIES, Board, Running
-from worker.journal import Journal
-from worker.quarantine import CERTAIN_DEATHS, Quarantine
+from worker.supervision.board import ENTRIES, Board, Running
+from worker.supervision.journal import Journal
+from worker.supervision.quarantine import CERTAIN_DEATHS, Quarantine
 from worker.ticket import StageKey
 
 

@@ -28,15 +28,15 @@ from worker_service import coordinated, read, task_key
 
 import worker
 from worker import Settings, plan_ticket
-from worker.board import Board
 from worker.client import WorkerClient
-from worker.collector import combined, serve
-from worker.engine_threads import NAME, EngineThreads
-from worker.journal import Journal
-from worker.ports import reserve
 from worker.proto.Flight_pb2 import Ticket
 from worker.proto.Flight_pb2_grpc import FlightServiceStub
-from worker.supervisor import LONGEST_DELAY, Supervisor, Times, delay, how_it_ended
+from worker.supervision.board import Board
+from worker.supervision.collector import combined, serve
+from worker.supervision.engine_threads import NAME, EngineThreads
+from worker.supervision.journal import Journal
+from worker.supervision.ports import reserve
+from worker.supervision.supervisor import LONGEST_DELAY, Supervisor, Times, delay, how_it_ended
 from worker.testing import RunningWorker, running_worker
 
 # What a session builder of these tests knows: functions that end the process, and a way to make it hang.

@@ -38,11 +38,11 @@ from worker_service import (
 
 import worker
 from worker import plan_proto
-from worker.journal import Journal
 from worker.plan import schema_message
 from worker.plan_proto import Message
 from worker.policy import PlanAccess
 from worker.proto import Flight_pb2, nodes_pb2, observability_pb2, observability_pb2_grpc, plan_pb2, worker_pb2
+from worker.supervision.journal import Journal
 from worker.testing import RunningWorker, running_worker
 from worker.ticket import StageKey
 

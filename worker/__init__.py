@@ -1,10 +1,10 @@
 """A worker for distributed DataFusion: executes physical plans that come in Arrow Flight tickets.
 
 Layers, each importing only from those before it: errors, failures, message, ipc, allocator, exit, interrupt, leftover,
-ending, ports, board, engine_threads, quarantine; headers, ticket, config, output, logs, durations; files, tls, auth;
-journal, supervised; plan_proto, check, session, plan, policy, partitionwise; views, dictionaries, compact, compress,
-encode, decode, flight_data; stream; admission, watchdog, tasks; requests; readable, servicer; cluster; service; server,
-metrics, client, testing, importer; child, supervisor, collector; serving; the command lines.
+ending; headers, ticket, config, output, logs, durations; supervision; files, tls, auth; plan_proto, check, session,
+plan, policy, partitionwise; views, dictionaries, compact, compress, encode, decode, flight_data; stream; admission,
+watchdog, tasks; requests; readable, servicer; cluster; service; server, metrics, client, testing, importer; serving;
+the command lines.
 """
 
 from importlib import import_module

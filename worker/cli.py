@@ -10,13 +10,14 @@ from typing import Any, NoReturn, get_origin
 
 from pydantic import ByteSize, ValidationError
 
-from worker import collector, logs
+from worker import logs
 from worker.allocator import engine_environment, restart_with
-from worker.board import VARIABLE
 from worker.config import PlanLimits, Settings, UnfitSettings, usable_memory
 from worker.exit import end
 from worker.logs import Event
-from worker.supervisor import Supervisor
+from worker.supervision import collector
+from worker.supervision.board import VARIABLE
+from worker.supervision.supervisor import Supervisor
 
 logger = logging.getLogger("worker")
 

@@ -14,7 +14,6 @@ from worker.cluster.observability import ObservabilityServicer
 from worker.config import Compression, Settings
 from worker.encode import Encoder, plain_schema
 from worker.errors import InvalidTicket, ResponseTooLarge
-from worker.journal import Journal
 from worker.message import Message
 from worker.policy import PlanPolicyLike
 from worker.proto import Flight_pb2, Flight_pb2_grpc
@@ -23,6 +22,7 @@ from worker.requests import Request
 from worker.servicer import Context
 from worker.session import SessionBuilderLike, WorkerQueryContext
 from worker.stream import PartitionStream
+from worker.supervision.journal import Journal
 from worker.tasks import Task
 from worker.ticket import PlanTicket, StageKey
 

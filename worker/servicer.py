@@ -28,7 +28,6 @@ from worker.errors import (
     WorkerError,
 )
 from worker.headers import Headers
-from worker.journal import Journal
 from worker.policy import DefaultPolicy, PlanPolicyLike, access_of, check_of
 from worker.requests import Request, Requests
 from worker.session import (
@@ -39,6 +38,7 @@ from worker.session import (
     WorkerQueryContext,
     is_cancellation,
 )
+from worker.supervision.journal import Journal
 from worker.tasks import SMALL_PLAN, Tasks
 from worker.ticket import StageKey
 

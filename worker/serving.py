@@ -15,8 +15,8 @@ from worker.logs import Event
 from worker.server import Server
 from worker.service import Worker
 from worker.session import SessionBuilder
-from worker.supervised import Supervised
-from worker.supervisor import MARGIN
+from worker.supervision.supervised import Supervised
+from worker.supervision.supervisor import MARGIN
 
 logger = logging.getLogger("worker")
 

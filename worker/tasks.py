@@ -20,12 +20,12 @@ from worker.durations import Durations, Histogram
 from worker.encode import Encoder
 from worker.ending import end, this_request
 from worker.errors import InvalidPlan, PartitionOutOfRange, StageKeyConflict, Unavailable, WorkerBusy, WorkerError
-from worker.journal import Journal, Noted
 from worker.leftover import LeftoverCalls
 from worker.message import Message
 from worker.partitionwise import counterparts, make_partitions_independent
 from worker.plan_proto import Message as PlanMessage
 from worker.stream import PartitionStream, ReadThreads, let_go
+from worker.supervision.journal import Journal, Noted
 from worker.ticket import PlanTicket, StageKey
 from worker.watchdog import Watchdog
 

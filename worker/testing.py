@@ -5,11 +5,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from worker.config import Settings
-from worker.journal import Journal
 from worker.policy import PlanPolicyLike
 from worker.server import Server
 from worker.service import Worker
 from worker.session import SessionBuilderLike
+from worker.supervision.journal import Journal
 
 
 @dataclass(frozen=True, slots=True)

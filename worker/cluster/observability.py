@@ -7,13 +7,13 @@ import grpc
 from worker.cluster.process import CpuUsage
 from worker.cluster.service import ClusterServicer
 from worker.config import Settings
-from worker.journal import Journal
 from worker.policy import PlanPolicyLike
 from worker.proto import observability_pb2, observability_pb2_grpc
 from worker.readable import readable
 from worker.requests import Request
 from worker.servicer import Context
 from worker.session import SessionBuilderLike
+from worker.supervision.journal import Journal
 from worker.watchdog import resident_bytes
 
 SERVICE: str = observability_pb2.DESCRIPTOR.services_by_name["ObservabilityService"].full_name

@@ -27,7 +27,6 @@ from worker.cluster.tasks import ClusterTasks
 from worker.config import PlanLimits, Settings
 from worker.ending import end, this_request
 from worker.errors import FailedPrecondition, InvalidPlan, InvalidRequest
-from worker.journal import Journal, Noted
 from worker.message import Message
 from worker.plan_proto import Message as PlanMessage
 from worker.policy import PlanPolicyLike
@@ -36,6 +35,7 @@ from worker.readable import readable
 from worker.requests import Request
 from worker.servicer import Context, Servicer, Statistics
 from worker.session import SessionBuilderLike
+from worker.supervision.journal import Journal, Noted
 from worker.tasks import SMALL_PLAN
 from worker.ticket import QUERY_ID_BYTES, StageKey
 from worker.tls import Certificates

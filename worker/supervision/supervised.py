@@ -14,9 +14,9 @@ import threading
 import time
 from typing import Any, Self
 
-from worker.board import SHOW_STACKS, VARIABLE, Board
-from worker.engine_threads import EngineThreads
-from worker.journal import Journal
+from worker.supervision.board import SHOW_STACKS, VARIABLE, Board
+from worker.supervision.engine_threads import EngineThreads
+from worker.supervision.journal import Journal
 
 BEAT_SECONDS = 1.0
 

@@ -14,12 +14,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from worker.allocator import engine_environment
-from worker.board import SHOW_STACKS, Board, Running
-from worker.child import Child, Trouble
 from worker.config import Settings, usable_memory
 from worker.logs import Event
-from worker.ports import reserve
-from worker.quarantine import Quarantine
+from worker.supervision.board import SHOW_STACKS, Board, Running
+from worker.supervision.child import Child, Trouble
+from worker.supervision.ports import reserve
+from worker.supervision.quarantine import Quarantine
 
 logger = logging.getLogger("worker")
 

@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from worker.supervisor import Place, Supervisor
+from worker.supervision.supervisor import Place, Supervisor
 
 # Of several workers, which one it is: the number of its port.
 LABEL = "worker"

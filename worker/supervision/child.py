@@ -18,7 +18,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Self
 
-from worker.board import VARIABLE, Board
+from worker.supervision.board import VARIABLE, Board
 
 # Of what a worker writes to its standard error, the last is likely to say why it died.
 LAST_LINES = 5

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from worker.board import Running
+from worker.supervision.board import Running
 
 # A plan is refused for so long, and deaths that are longer ago do not count.
 SECONDS = 600.0

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from worker.board import DIGEST_BYTES, ENTRIES, Board
 from worker.errors import PlanQuarantined
+from worker.supervision.board import DIGEST_BYTES, ENTRIES, Board
 from worker.ticket import QUERY_ID_BYTES, StageKey
 
 # Of so many plans, the partitions that were read to their end are known, until all of the plan's have been.
