@@ -18,7 +18,7 @@ PACKAGE = Path(worker.__file__).parent
 COMMAND_LINES = ("cli", "probe", "__main__")
 
 # What knows neither the protocol nor its messages.
-CORE = ("tasks", "plan", "encode", "session")
+CORE = ("tasks", "task", "prepare", "executor", "plan", "encode", "session")
 
 
 def _layers() -> list[str]:

@@ -29,6 +29,7 @@ from worker import (
 from worker.admission import Admission
 from worker.client import WorkerClient
 from worker.config import PlanLimits
+from worker.executor import Executor
 from worker.proto.Flight_pb2 import Ticket
 from worker.proto.Flight_pb2_grpc import FlightServiceStub
 from worker.tasks import Tasks
@@ -148,7 +149,7 @@ async def test_closing_a_worker_ends_its_streams_and_refuses_new_ones() -> None:
 
 @pytest.mark.parametrize("alone", [True, False])
 async def test_a_partition_that_was_still_to_be_executed_when_the_worker_closed_is_unavailable(alone: bool) -> None:
-    tasks = Tasks(1, PlanLimits(), ADMISSION, max_streams=9)
+    tasks = Tasks(1, ADMISSION, Executor(PlanLimits(), max_streams=9))
     ticket = PlanTicket(rows_plan(1, 2))
     async with tasks.task(ticket, "ada", SessionStateBuilder().build(), memory=1, python_udf_inlining=False) as task:
         await tasks.close()
@@ -157,15 +158,11 @@ async def test_a_partition_that_was_still_to_be_executed_when_the_worker_closed_
 
 
 async def test_a_partition_that_was_being_executed_when_the_worker_closed_is_not_read() -> None:
-    tasks, session, plan = (
-        Tasks(1, PlanLimits(), ADMISSION, max_streams=9),
-        SessionStateBuilder().build(),
-        rows_plan(1, 1),
-    )
-    instance = await tasks.decode(session, plan)
-    await tasks.close()
+    executor, session = Executor(PlanLimits(), max_streams=9), SessionStateBuilder().build()
+    instance = await executor.decode(session, rows_plan(1, 1))
+    await executor.close()
     with pytest.raises(Unavailable):
-        tasks.stream(session.execute(instance, 0), instance)
+        executor.stream(session.execute(instance, 0), instance)
 
 
 async def test_a_request_whose_plan_was_being_decoded_when_the_worker_closed_is_unavailable() -> None:

@@ -23,7 +23,7 @@ from worker.servicer import Context
 from worker.session import SessionBuilderLike, WorkerQueryContext
 from worker.stream import PartitionStream
 from worker.supervision.journal import Journal
-from worker.tasks import Task
+from worker.task import Task
 from worker.ticket import PlanTicket, StageKey
 
 # What a request or an answer has beside its ticket: descriptors, field tags. gRPC counts it in its limit.
@@ -61,7 +61,7 @@ class Worker(ObservabilityServicer, Flight_pb2_grpc.FlightServiceServicer):
         journal: Journal | None = None,
     ) -> None:
         super().__init__(session_builder, settings=settings, plan_policy=plan_policy, journal=journal)
-        self._exchange = flight.Exchange(self._channels, self._folder, self._tasks)
+        self._exchange = flight.Exchange(self._channels, self._folder, self._executor)
 
     async def DoGet(self, request: Flight_pb2.Ticket, context: Context) -> AsyncIterator[Flight_pb2.FlightData]:
         """The record batches of one partition of the ticket's plan, its schema first."""
@@ -120,7 +120,7 @@ class Worker(ObservabilityServicer, Flight_pb2_grpc.FlightServiceServicer):
             if held is not None and ticket.stage_key is not None:
                 metadata = b""
                 if is_last:
-                    metadata = await self._tasks.in_thread(flight.app_metadata, task, ticket.stage_key)
+                    metadata = await self._executor.in_thread(flight.app_metadata, task, ticket.stage_key)
                 yield held, metadata
 
     async def _encoded(
@@ -132,7 +132,7 @@ class Worker(ObservabilityServicer, Flight_pb2_grpc.FlightServiceServicer):
         encoder = Encoder(schema, self._settings.max_message_size, compression=compression, expand_views=expand_views)
         yield self._requests.sent(answered, encoder.schema())
         while group:
-            async with aclosing(self._tasks.messages(encoder, group)) as messages:
+            async with aclosing(self._executor.messages(encoder, group)) as messages:
                 async for message in messages:
                     yield self._requests.sent(answered, message)
             group = await batches.read()

@@ -27,6 +27,7 @@ from worker.errors import (
     UpstreamFailed,
     WorkerError,
 )
+from worker.executor import SMALL_PLAN, Executor
 from worker.headers import Headers
 from worker.policy import DefaultPolicy, PlanPolicyLike, access_of, check_of
 from worker.requests import Request, Requests
@@ -39,7 +40,7 @@ from worker.session import (
     is_cancellation,
 )
 from worker.supervision.journal import Journal
-from worker.tasks import SMALL_PLAN, Tasks
+from worker.tasks import Tasks
 from worker.ticket import StageKey
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
@@ -109,19 +110,14 @@ class Servicer:
         policy = plan_policy or DefaultPolicy(self._settings)
         self._check_policy = check_of(policy)
         self._policy_is_default = type(policy) is DefaultPolicy
-        admission = Admission(
+        self._admission = Admission(
             self._settings.memory,
             max_tasks=self._settings.max_tasks,
             max_waiting=self._settings.max_waiting,
             max_wait=self._settings.max_wait,
         )
-        self._tasks = Tasks(
-            self._settings.idle_time,
-            self._settings,
-            admission,
-            max_streams=self._settings.max_streams,
-            journal=journal,
-        )
+        self._executor = Executor(self._settings, max_streams=self._settings.max_streams, journal=journal)
+        self._tasks = Tasks(self._settings.idle_time, self._admission, self._executor)
         self._principal_key = secrets.token_bytes(32)
         self._requests = Requests()
 
@@ -151,21 +147,21 @@ class Servicer:
 
     def statistics(self) -> Statistics:
         """What is held now and was done so far; from any thread."""
-        tasks, requests = self._tasks.statistics(), self._requests.statistics()
+        executor, requests = self._executor, self._requests.statistics()
         return Statistics(
             requests=requests.active,
-            streams=tasks.streams,
-            tasks=tasks.tasks,
-            plans_decoded=tasks.plans_decoded,
-            partitions_executed=tasks.partitions_executed,
+            streams=executor.streams,
+            tasks=len(self._tasks),
+            plans_decoded=executor.plans_decoded,
+            partitions_executed=executor.partitions_executed,
             rows_sent=requests.rows_sent,
             bytes_sent=requests.bytes_sent,
             requests_ended=requests.ended,
             errors=requests.errors,
-            decoding=tasks.decoding,
+            decoding=executor.decoding.histogram(),
             first_byte=requests.first_byte,
-            waiting=tasks.waiting,
-            memory_claimed=tasks.memory_claimed,
+            waiting=self._admission.waiting,
+            memory_claimed=self._admission.claimed,
         )
 
     def refused(self, method: str, error: WorkerError) -> None:
@@ -200,7 +196,7 @@ class Servicer:
         except WorkerError as error:
             self._requests.end(request, error.status, error)
             text = str(error)
-            if isinstance(error, EnginePanicked) and (panic := await self._tasks.journal.last_panic(started)):
+            if isinstance(error, EnginePanicked) and (panic := await self._executor.journal.last_panic(started)):
                 text = f"{text} (panicked at {panic})"
             _fail(context, error.status, _details(text))
             if isinstance(error, UpstreamFailed) and error.details:
@@ -213,7 +209,7 @@ class Servicer:
             self._requests.end(request, ended.status if ended else grpc.StatusCode.CANCELLED, ended)
             # gRPC, which sends what the handler yields, was ended in the midst of that, and gives no answer then.
             if ended:
-                self._tasks.in_background(_abort(context, ended))
+                self._executor.in_background(_abort(context, ended))
             raise
         except BaseException as error:
             if is_cancellation(error):
@@ -262,7 +258,7 @@ class Servicer:
         if is_known and self._policy_is_default:
             return
         find = partial(access_of, plan_bytes, with_functions=not self._policy_is_default)
-        access = await self._tasks.in_thread_if(len(plan_bytes) > SMALL_PLAN, find)
+        access = await self._executor.in_thread_if(len(plan_bytes) > SMALL_PLAN, find)
         try:
             await self._check_policy(query, access)
         except WorkerError:

@@ -21,11 +21,13 @@ from worker.cluster.rewrite import Origin, Rewritten, check_rewritten, executed
 from worker.cluster.settings import passed_on
 from worker.cluster.task import HELD_BYTES
 from worker.errors import InvalidRequest
+from worker.executor import Executor
 from worker.headers import Headers
 from worker.plan_proto import Message as PlanMessage
 from worker.plan_proto import PhysicalPlanNode
+from worker.prepare import Input, Rewrite
 from worker.proto import Flight_pb2, plan_pb2, worker_pb2
-from worker.tasks import Input, Rewrite, Task, Tasks
+from worker.task import Task
 from worker.ticket import PlanTicket, StageKey
 
 DO_GET = "/arrow.flight.protocol.FlightService/DoGet"
@@ -39,7 +41,7 @@ class Exchange:
 
     channels: Channels
     folder: ExchangeFolder
-    tasks: Tasks
+    executor: Executor
 
     def rewrite(self, ticket: PlanTicket, headers: Headers) -> Rewrite:
         """How the plan of a ticket that came with headers is rewritten, and fetched what it reads."""
@@ -51,7 +53,7 @@ class Exchange:
             plan.upgrade_filters(session, part)
             return plan.decode(session, part.SerializeToString()).partition_count
 
-        limits = self.tasks.limits
+        limits = self.executor.limits
         # A client that is no coordinator does not say which task it is.
         place = Place(ticket.task_index, max(1, ticket.task_count))
         is_coordinated = ticket.task_count > 0
@@ -117,7 +119,7 @@ class FlightInput:
             await store.close()
 
     async def _fetch_leaf(self, leaf: Leaf, store: Store, name: str) -> None:
-        intake = Intake(leaf.schema, leaf.partitions, store, name, self._exchange.tasks, HELD_BYTES)
+        intake = Intake(leaf.schema, leaf.partitions, store, name, self._exchange.executor, HELD_BYTES)
         # All at once: a worker holds back everything of a repartitioning for partitions that are not read yet.
         await together(
             self._read(leaf, source, read, offset, intake)

@@ -11,10 +11,10 @@ from datafusion.object_store import LocalFileSystem
 
 from worker.cluster.folder import ExchangeFolder
 from worker.cluster.received import INLINE, Received
+from worker.executor import Executor
 from worker.message import Bytes
 from worker.plan_proto import Message as PlanMessage
 from worker.policy import EXCHANGE
-from worker.tasks import Tasks
 
 
 class Store:
@@ -35,9 +35,9 @@ class Store:
         self._is_registered = False
         self._writing: set[asyncio.Future[None]] = set()
 
-    async def write(self, tasks: Tasks, write: Callable[[], None]) -> None:
+    async def write(self, executor: Executor, write: Callable[[], None]) -> None:
         """Writes in a thread, which goes on if who waits for it is cancelled."""
-        writing = tasks.in_thread(write)
+        writing = executor.in_thread(write)
         self._writing.add(writing)
         writing.add_done_callback(self._writing.discard)
         await asyncio.shield(writing)
@@ -74,7 +74,7 @@ class Intake:
     """The input of one leaf, while it comes."""
 
     def __init__(
-        self, schema: PlanMessage, partitions: int, store: Store, name: str, tasks: Tasks, held_bytes: int
+        self, schema: PlanMessage, partitions: int, store: Store, name: str, executor: Executor, held_bytes: int
     ) -> None:
         """
         Args:
@@ -82,12 +82,12 @@ class Intake:
             partitions: how many it has.
             store: for what is not held in memory.
             name: one that no other intake of the store has.
-            tasks: whose threads write.
+            executor: whose threads write.
             held_bytes: beyond so many, what is held in memory is written to files.
         """
         self._received = Received(schema, partitions, store.folder, name)
         self._store = store
-        self._tasks = tasks
+        self._executor = executor
         self._held_bytes = held_bytes
         self._writing = asyncio.Lock()
 
@@ -122,5 +122,5 @@ class Intake:
 
     async def _write(self, write: Callable[[], None]) -> None:
         before = self._received.written
-        await self._store.write(self._tasks, write)
+        await self._store.write(self._executor, write)
         self._store.take(self._received.written - before)

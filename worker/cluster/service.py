@@ -25,8 +25,10 @@ from worker.cluster.settings import ClusterSettings, passed_on
 from worker.cluster.task import ClusterTask, Orders
 from worker.cluster.tasks import ClusterTasks
 from worker.config import PlanLimits, Settings
+from worker.demand import demand_of
 from worker.ending import end, this_request
 from worker.errors import FailedPrecondition, InvalidPlan, InvalidRequest
+from worker.executor import SMALL_PLAN
 from worker.message import Message
 from worker.plan_proto import Message as PlanMessage
 from worker.policy import PlanPolicyLike
@@ -36,7 +38,6 @@ from worker.requests import Request
 from worker.servicer import Context, Servicer, Statistics
 from worker.session import SessionBuilderLike
 from worker.supervision.journal import Journal, Noted
-from worker.tasks import SMALL_PLAN
 from worker.ticket import QUERY_ID_BYTES, StageKey
 from worker.tls import Certificates
 
@@ -117,16 +118,16 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
                         f"{len(request.work_unit_feed_declarations)} nodes of the plan are fed with work units, "
                         "which this worker has no nodes for: run such plans on workers written in Rust"
                     )
-                demand = self._tasks.demand(
+                demand = demand_of(
                     query.principal, key, request.plan_proto, query.builder.memory_limit, request.query_start_time_ns
                 )
                 claim = held.enter_context(await self._tasks.admit(demand))
                 claim.end = partial(end, this_request())
                 place = Place(query.task_index, query.task_count)
-                noted, rewritten = await self._tasks.in_thread_if(
+                noted, rewritten = await self._executor.in_thread_if(
                     len(request.plan_proto) > SMALL_PLAN,
                     _rewritten,
-                    self._tasks.journal,
+                    self._executor.journal,
                     key,
                     session,
                     request.plan_proto,
@@ -145,9 +146,9 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
                     self._own_output(query.principal, query.builder.python_udf_inlining),
                     passed_on(query.headers),
                 )
-                folder = await self._tasks.in_thread_if(not self._folder.is_made, self._folder.new)
+                folder = await self._executor.in_thread_if(not self._folder.is_made, self._folder.new)
                 store = Store(folder, session, self._folder)
-                return query.principal, ClusterTask(orders, self._tasks, session, noted, rewritten, source, store)
+                return query.principal, ClusterTask(orders, self._executor, session, noted, rewritten, source, store)
 
             async with self._cluster_tasks.task(key, make) as task:
                 async for load in task.load_infos():
@@ -157,7 +158,7 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
                     if message.WhichOneof("inner") == "set_plan_request":
                         raise InvalidRequest("a CoordinatorChannel sets one plan, with its first message")
                 if task.orders.settings.collect_metrics:
-                    figures = await self._tasks.in_thread(task.figures)
+                    figures = await self._executor.in_thread(task.figures)
                     await context.write(worker_pb2.WorkerToCoordinatorMsg(task_metrics=figures))
 
     async def ExecuteTask(

@@ -22,12 +22,12 @@ from worker.cluster.settings import ClusterSettings
 from worker.config import MEBIBYTE, Compression
 from worker.encode import Encoder
 from worker.errors import FailedPrecondition, PartitionOutOfRange, QueryEnded, Unavailable, WorkerError
+from worker.executor import Executor
 from worker.message import Message
 from worker.proto import worker_pb2
 from worker.session import is_cancellation
 from worker.stream import PartitionStream
 from worker.supervision.journal import Noted
-from worker.tasks import Tasks
 from worker.ticket import StageKey
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ class ClusterTask:
     def __init__(
         self,
         orders: Orders,
-        tasks: Tasks,
+        executor: Executor,
         session: SessionContext,
         noted: Noted,
         rewritten: Rewritten,
@@ -66,7 +66,7 @@ class ClusterTask:
         """
         Args:
             orders: what the coordinator wants.
-            tasks: the worker's threads and streams.
+            executor: the worker's.
             session: what the plan is decoded and executed in, by this task alone.
             noted: the plan as it was received.
             rewritten: the plan.
@@ -74,8 +74,8 @@ class ClusterTask:
             store: for input that is kept in files; closed by the task.
         """
         self.orders = orders
-        self._tasks = tasks
-        tasks.others.add(self)
+        self._executor = executor
+        executor.users.add(self)
         self._session = session
         self._noted = noted
         self._rewritten = rewritten
@@ -119,7 +119,7 @@ class ClusterTask:
         """
         try:
             if self._output is None and not self._closed:
-                check_head(head, self._rewritten.partitions, self._tasks.limits)
+                check_head(head, self._rewritten.partitions, self._executor.limits)
                 self._head = head
                 self._output = self._own(self._prepare(head))
             instance, count = await self._has(self._output)
@@ -150,8 +150,8 @@ class ClusterTask:
         """
         if self._closed:
             raise self._ended()
-        with self._tasks.journal.decoding(self._noted):
-            schema = await self._tasks.in_thread(plan.schema_of, self._session, self._plan_bytes)
+        with self._executor.journal.decoding(self._noted):
+            schema = await self._executor.in_thread(plan.schema_of, self._session, self._plan_bytes)
         return Encoder(schema, MAX_MESSAGE_SIZE).schema()
 
     async def load_infos(self) -> AsyncIterator[worker_pb2.LoadInfo]:
@@ -188,7 +188,7 @@ class ClusterTask:
         """Ends whatever goes on for the task, and deletes what is kept for it; who reads it is told of ``error``."""
         self._closed = True
         self._end = error or self._end
-        self._tasks.others.discard(self)
+        self._executor.users.discard(self)
         for running in self._running:
             running.cancel()
         for stream in self._streams:
@@ -222,8 +222,8 @@ class ClusterTask:
         below = self._rewritten.plan if self._sampling is None else await self._has(self._sampling)
         headed, origins = with_head(below, head)
         self._plan_bytes = headed.SerializeToString()
-        with self._tasks.journal.decoding(self._noted):
-            instance = await self._tasks.decode(self._session, self._plan_bytes)
+        with self._executor.journal.decoding(self._noted):
+            instance = await self._executor.decode(self._session, self._plan_bytes)
         if self._sampling is None:
             self._segments.append((instance, origins + self._rewritten.origins))
         else:
@@ -236,9 +236,9 @@ class ClusterTask:
         """Executes the plan without its head, tells what there is of each partition, and makes a scan of it."""
         await self._has(self._input)
         plan_bytes = self._rewritten.plan.SerializeToString()
-        with self._tasks.journal.decoding(self._noted):
-            instance = await self._tasks.decode(self._session, plan_bytes)
-            schema = await self._tasks.in_thread(plan.schema_of, self._session, plan_bytes)
+        with self._executor.journal.decoding(self._noted):
+            instance = await self._executor.decode(self._session, plan_bytes)
+            schema = await self._executor.in_thread(plan.schema_of, self._session, plan_bytes)
         self._segments.append((instance, self._rewritten.origins))
         partitions = range(instance.partition_count)
         intake = self._intake(plan.schema_message(schema), len(partitions), "sampled")
@@ -258,7 +258,7 @@ class ClusterTask:
 
     def _intake(self, schema: Any, partitions: int, name: str) -> Intake:
         return Intake(
-            schema, partitions, self._store, name, self._tasks, min(HELD_BYTES, self.orders.settings.buffer_budget)
+            schema, partitions, self._store, name, self._executor, min(HELD_BYTES, self.orders.settings.buffer_budget)
         )
 
     def _take(self, partitions: range, count: int) -> None:
@@ -274,23 +274,23 @@ class ClusterTask:
         def execute() -> list[Any]:
             return [self._session.execute(instance, partition) for partition in partitions]
 
-        opened.enter_context(self._tasks.places(len(partitions)))
-        opened.enter_context(self._tasks.journal.executing(self._noted, partitions.start))
+        opened.enter_context(self._executor.places(len(partitions)))
+        opened.enter_context(self._executor.journal.executing(self._noted, partitions.start))
         with plan.execution_errors():
-            streams = await asyncio.shield(self._own(self._tasks.in_thread(execute)))
+            streams = await asyncio.shield(self._own(self._executor.in_thread(execute)))
         if self._closed:
             raise self._ended()
         return [self._open(executed, instance, p, opened) for executed, p in zip(streams, partitions, strict=True)]
 
     def _open(self, executed: Any, instance: ExecutionPlan, partition: int, opened: ExitStack) -> PartitionStream:
-        stream = opened.enter_context(self._tasks.open(self._tasks.stream(executed, instance)))
+        stream = opened.enter_context(self._executor.open(self._executor.stream(executed, instance)))
         count = instance.partition_count
         self._streams.add(stream)
 
         def forget() -> None:
             self._streams.discard(stream)
             if stream.ended_well:
-                self._tasks.journal.read_to_the_end(self._noted, partition, count)
+                self._executor.journal.read_to_the_end(self._noted, partition, count)
 
         opened.callback(forget)
         return stream
@@ -304,8 +304,8 @@ class ClusterTask:
                 encoder = Encoder(group[0].schema, MAX_MESSAGE_SIZE, compression=compression)
                 yield encoder.schema()
             if load is not None:
-                await self._tasks.in_thread(load.add, group)
-            async with aclosing(self._tasks.messages(encoder, group)) as messages:
+                await self._executor.in_thread(load.add, group)
+            async with aclosing(self._executor.messages(encoder, group)) as messages:
                 async for message in messages:
                     yield message
 
@@ -345,7 +345,7 @@ class ClusterTask:
 
     def _own(self, work: "Coroutine[Any, Any, T] | asyncio.Future[T]") -> "asyncio.Future[T]":
         """Runs what ends with the task."""
-        running = self._tasks.in_background(work)
+        running = self._executor.in_background(work)
         # Whoever needs it hears of its error, and nobody may.
         running.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._running.append(running)
