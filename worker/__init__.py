@@ -3,7 +3,7 @@
 Layers, each importing only from those before it: errors, failures, message, ipc, allocator, exit, interrupt, leftover,
 ending; headers, ticket, config, output, logs, durations; supervision; files, tls, auth; plan_proto, check, session,
 plan, policy, partitionwise; views, dictionaries, compact, compress, encode, decode, flight_data; stream, abandon;
-admission, watchdog; executor, demand, prepare, task, tasks; requests; readable, servicer; cluster; service; server,
+admission, watchdog; executor, demand, prepare, task, tasks; requests; handlers, servicer; cluster; service; server,
 metrics, client, testing, importer; serving; the command lines.
 """
 

@@ -5,8 +5,8 @@ import contextlib
 import hashlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -14,6 +14,7 @@ from typing import Any, Self, TypeAlias
 
 import grpc
 
+from worker import flight_data
 from worker.admission import Admission
 from worker.auth import caller
 from worker.config import Settings
@@ -29,6 +30,7 @@ from worker.errors import (
 )
 from worker.executor import SMALL_PLAN, Executor
 from worker.headers import Headers
+from worker.message import Message
 from worker.policy import DefaultPolicy, PlanPolicyLike, access_of, check_of
 from worker.requests import Request, Requests
 from worker.session import (
@@ -232,6 +234,27 @@ class Servicer:
         finally:
             if timer is not None:
                 timer.cancel()
+
+    async def _send(
+        self,
+        context: Context,
+        method: str,
+        answer: Callable[[Request], AsyncGenerator[tuple[Message, bytes], None]],
+    ) -> None:
+        """Answers with messages, each with its ``app_metadata``, as the bytes of a ``FlightData``.
+
+        For handlers without a serializer. Those of generated code get objects, which their generators yield.
+        """
+        async with (
+            self._answering(context, method) as answered,
+            aclosing(answer(answered)) as messages,
+        ):
+            async for message, metadata in messages:
+                try:
+                    await context.write(flight_data.serialize(message, metadata))
+                except grpc.aio.InternalError:
+                    # The caller has gone: the RPC is cancelled, its handler not yet.
+                    return
 
     def _end_in_time(self, running: asyncio.Task[Any]) -> asyncio.TimerHandle | None:
         """Ends a request after ``max_duration``."""

@@ -7,9 +7,9 @@ import grpc
 from worker.cluster.process import CpuUsage
 from worker.cluster.service import ClusterServicer
 from worker.config import Settings
+from worker.handlers import adding
 from worker.policy import PlanPolicyLike
 from worker.proto import observability_pb2, observability_pb2_grpc
-from worker.readable import readable
 from worker.requests import Request
 from worker.servicer import Context
 from worker.session import SessionBuilderLike
@@ -77,8 +77,7 @@ class ObservabilityServicer(ClusterServicer, observability_pb2_grpc.Observabilit
     async def _admit(self, answered: Request, context: Context) -> str:
         """The principal of who asks."""
         query = self._query_context(answered, context, task_index=0, task_count=0, stage_key=None)
-        # Its session is not used: it says whether who asks may.
-        await self._session_builder.build_session_state(query)
+        await self._session_builder.admit(query)
         return query.principal
 
 
@@ -86,4 +85,4 @@ def add_ObservabilityServiceServicer_to_server(
     servicer: observability_pb2_grpc.ObservabilityServiceServicer, server: grpc.aio.Server
 ) -> None:
     """Adds a servicer to a server, like the generated function of this name."""
-    observability_pb2_grpc.add_ObservabilityServiceServicer_to_server(servicer, readable(server))
+    observability_pb2_grpc.add_ObservabilityServiceServicer_to_server(servicer, adding(server, SERVICE, {}))

@@ -12,7 +12,7 @@ import grpc
 from datafusion import SessionContext
 from google.protobuf.message import DecodeError
 
-from worker import flight_data, plan
+from worker import plan
 from worker.check import check
 from worker.cluster.channels import Channels
 from worker.cluster.fetch import Source
@@ -29,11 +29,11 @@ from worker.demand import demand_of
 from worker.ending import end, this_request
 from worker.errors import FailedPrecondition, InvalidPlan, InvalidRequest
 from worker.executor import SMALL_PLAN
+from worker.handlers import adding, sending_bytes
 from worker.message import Message
 from worker.plan_proto import Message as PlanMessage
 from worker.policy import PlanPolicyLike
 from worker.proto import worker_pb2, worker_pb2_grpc
-from worker.readable import readable
 from worker.requests import Request
 from worker.servicer import Context, Servicer, Statistics
 from worker.session import SessionBuilderLike
@@ -167,30 +167,18 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
         """The record batches of a range of a task's partitions, interleaved."""
         async with (
             self._answering(context, "ExecuteTask") as answered,
-            aclosing(self._execute(request, context, answered)) as output,
+            aclosing(self._execute(request, context, answered)) as messages,
         ):
-            async for partition, (header, body) in output:
-                yield worker_pb2.FlightData(
-                    data_header=header, data_body=b"".join(body), app_metadata=_app_metadata(partition)
-                )
+            async for (header, body), metadata in messages:
+                yield worker_pb2.FlightData(data_header=header, app_metadata=metadata, data_body=b"".join(body))
 
     async def _execute_bytes(self, request: worker_pb2.ExecuteTaskRequest, context: Context) -> None:
-        """``ExecuteTask`` for a handler without serializer: writes messages that are serialized already."""
-        async with (
-            self._answering(context, "ExecuteTask") as answered,
-            aclosing(self._execute(request, context, answered)) as output,
-        ):
-            async for partition, message in output:
-                try:
-                    await context.write(flight_data.serialize(message, _app_metadata(partition)))
-                except grpc.aio.InternalError:
-                    # The caller has gone: the RPC is cancelled, its handler not yet.
-                    return
+        await self._send(context, "ExecuteTask", partial(self._execute, request, context))
 
     async def _execute(
         self, request: worker_pb2.ExecuteTaskRequest, context: Context, answered: Request
-    ) -> AsyncGenerator[tuple[int, Message], None]:
-        """A request's life."""
+    ) -> AsyncGenerator[tuple[Message, bytes], None]:
+        """A request's life: messages, each with its ``app_metadata``."""
         key, head = _stage_key(request.task_key), _head(request)
         answered.partitions = partitions = range(request.target_partition_start, request.target_partition_end)
         query = self._query_context(answered, context, task_index=key.task_number, task_count=0, stage_key=key)
@@ -205,12 +193,12 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
         async with aclosing(task.output(partitions, head, task.orders.settings.compression)) as output:
             async for partition, message in output:
                 schemas.setdefault(partition, message)
-                yield partition, self._requests.sent(answered, message)
+                yield self._requests.sent(answered, message), _app_metadata(partition)
         for partition in partitions:
             if partition not in schemas:
                 schema = next(iter(schemas.values()), None) or await task.schema()
                 schemas[partition] = schema
-                yield partition, self._requests.sent(answered, schema)
+                yield self._requests.sent(answered, schema), _app_metadata(partition)
 
     def _own_output(self, principal: str, python_udf_inlining: bool) -> Any:
         async def output(key: StageKey, partitions: range, head: Head) -> AsyncGenerator[tuple[int, Message], None]:
@@ -231,20 +219,10 @@ def add_WorkerServiceServicer_to_server(
 
     A class that overrides ``ExecuteTask`` is served as it is.
     """
-    server = readable(server)
+    ready = {}
     if isinstance(servicer, ClusterServicer) and type(servicer).ExecuteTask is ClusterServicer.ExecuteTask:
-        execute_task: grpc.RpcMethodHandler[worker_pb2.ExecuteTaskRequest, bytes] = (
-            grpc.unary_stream_rpc_method_handler(
-                servicer._execute_bytes,
-                request_deserializer=worker_pb2.ExecuteTaskRequest.FromString,
-                response_serializer=None,
-            )
-        )
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"ExecuteTask": execute_task}),))
-        worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
-        server.add_registered_method_handlers(SERVICE, {"ExecuteTask": execute_task})
-    else:
-        worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
+        ready["ExecuteTask"] = sending_bytes(servicer._execute_bytes, worker_pb2.ExecuteTaskRequest)
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, adding(server, SERVICE, ready))
 
 
 async def _set_plan_request(requests: AsyncIterator[worker_pb2.CoordinatorToWorkerMsg]) -> worker_pb2.SetPlanRequest:

@@ -89,7 +89,7 @@ class ClusterTask:
         self._asked: set[int] = set()
         self._head: Head | None = None
         self._closed = False
-        self._end: WorkerError = QueryEnded("the coordinator ended the query")
+        self._end: WorkerError = query_ended()
         self._segments: list[tuple[ExecutionPlan, Origins]] = []
         self._replays: dict[int, Replay] = {}
         self._running: list[asyncio.Future[Any]] = []
@@ -350,3 +350,8 @@ class ClusterTask:
         running.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._running.append(running)
         return running
+
+
+def query_ended() -> QueryEnded:
+    """What those are told who wait for a task whose coordinator needs it no more."""
+    return QueryEnded("the coordinator ended the query")

@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from worker.cluster.task import ClusterTask
+from worker.cluster.task import ClusterTask, query_ended
 from worker.ending import ended_with, this_request
-from worker.errors import PlanNotSet, QueryEnded, StageKeyConflict, UpstreamFailed, WorkerError
+from worker.errors import PlanNotSet, StageKeyConflict, UpstreamFailed, WorkerError
 from worker.ticket import StageKey
 
 # Upstream's workers wait as long (src/worker/impl_execute_task.rs), and so they do for a task that ours reads from.
@@ -59,7 +59,7 @@ class ClusterTasks:
             # Not the error itself: the session is in the frames that its traceback names.
             told: WorkerError = WorkerError("internal error: the worker's log says why")
             if isinstance(error, asyncio.CancelledError):
-                told = ended_with(this_request()) or QueryEnded("the coordinator ended the query")
+                told = ended_with(this_request()) or query_ended()
             elif isinstance(error, WorkerError):
                 told = error
             entry.set.set_exception(UpstreamFailed(str(told), told.status))

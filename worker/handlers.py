@@ -1,7 +1,7 @@
-"""Requests that are no protobuf: the client's mistake, for which gRPC by itself says UNKNOWN."""
+"""Handlers as they are added to servers: such that refuse what is no protobuf, and such that send bytes."""
 
 import inspect
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,24 +17,45 @@ class _Unreadable:
     why: str
 
 
-def readable(server: grpc.aio.Server) -> grpc.aio.Server:
-    """A server as it is for code that adds handlers to it: those answer INVALID_ARGUMENT to rubbish.
+def adding(server: grpc.aio.Server, service: str, ready: dict[str, Any]) -> grpc.aio.Server:
+    """A server as it is for generated code that adds handlers to it: those answer INVALID_ARGUMENT to rubbish.
 
-    RPCs whose requests are streams get the ``DecodeError`` when they read, and see to it themselves.
+    That is the client's mistake, for which gRPC by itself says UNKNOWN. RPCs whose requests are streams get the
+    ``DecodeError`` when they read, and see to it themselves.
+
+    Args:
+        server: what they are added to.
+        service: the full name of theirs.
+        ready: handlers by the names of their RPCs, in place of those of generated code.
     """
-    return cast(grpc.aio.Server, _Readable(server))
+    return cast(grpc.aio.Server, _Adding(server, service, ready))
 
 
-class _Readable:
-    def __init__(self, server: grpc.aio.Server) -> None:
+def sending_bytes(answer: Callable[[Any, Any], Awaitable[None]], request: Any) -> Any:
+    """A handler that writes messages which are serialized already.
+
+    Args:
+        answer: writes them.
+        request: the class of what it is given.
+    """
+    return grpc.unary_stream_rpc_method_handler(
+        answer, request_deserializer=request.FromString, response_serializer=None
+    )
+
+
+class _Adding:
+    def __init__(self, server: grpc.aio.Server, service: str, ready: dict[str, Any]) -> None:
         self._server = server
+        self._service = service
+        self._ready = ready
 
     def add_generic_rpc_handlers(self, handlers: Any) -> None:
-        # Those that only an old grpcio uses.
-        self._server.add_generic_rpc_handlers(handlers)
+        # An old grpcio (1.72) uses these alone, and takes the first.
+        ready = grpc.method_handlers_generic_handler(self._service, self._ready)
+        self._server.add_generic_rpc_handlers((ready, *handlers))
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
-        reading = {name: _readable(handler) for name, handler in handlers.items()}
+        reading = {name: _readable(handler) for name, handler in {**handlers, **self._ready}.items()}
         self._server.add_registered_method_handlers(service, reading)
 
 
