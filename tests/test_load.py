@@ -26,13 +26,13 @@ from worker import (
     WorkerQueryContext,
     plan_ticket,
 )
-from worker.admission import Admission
+from worker.admission import Admission, Demand
 from worker.client import WorkerClient
 from worker.config import PlanLimits
 from worker.executor import Executor
 from worker.proto.Flight_pb2 import Ticket
 from worker.proto.Flight_pb2_grpc import FlightServiceStub
-from worker.tasks import Tasks
+from worker.tasks import Tasks, Wanted
 from worker.testing import RunningWorker, running_worker
 
 MEGABYTE = 1_000_000
@@ -151,7 +151,8 @@ async def test_closing_a_worker_ends_its_streams_and_refuses_new_ones() -> None:
 async def test_a_partition_that_was_still_to_be_executed_when_the_worker_closed_is_unavailable(alone: bool) -> None:
     tasks = Tasks(1, ADMISSION, Executor(PlanLimits(), max_streams=9))
     ticket = PlanTicket(rows_plan(1, 2))
-    async with tasks.task(ticket, "ada", SessionStateBuilder().build(), memory=1, python_udf_inlining=False) as task:
+    wanted = Wanted(ticket, "ada", SessionStateBuilder().build(), Demand("ada", object(), 1), python_udf_inlining=False)
+    async with tasks.task(wanted) as task:
         await tasks.close()
         with pytest.raises(Unavailable):
             await task.execute(0, alone=alone)

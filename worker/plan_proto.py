@@ -66,6 +66,15 @@ def _enum(name: str) -> dict[str, int]:
 FILE_SCANS = frozenset({"parquet_scan", "csv_scan", "json_scan", "avro_scan", "arrow_scan"})
 SINKS = frozenset({"parquet_sink", "csv_sink", "json_sink"})
 
+# By a node's kind, the fields of its that have nodes, and whether they have several.
+_INPUTS: Mapping[str | None, tuple[tuple[str, bool], ...]] = {
+    kind.name: tuple(
+        (field.name, not field.has_presence) for field in kind.message_type.fields if field.message_type is _NODE
+    )
+    for kind in _NODE.fields
+    if kind.message_type
+}
+
 # Where the different kinds of calls have the function's name. A window has a name of its own too.
 _FUNCTION_NAMES = ("user_defined_aggr_function", "user_defined_window_function", "name")
 
@@ -137,7 +146,6 @@ def _walk(message: Message, way: Way) -> Iterator[Message]:
         yield from _walk(part, way)
 
 
-_TOWARDS_NODES = fields_towards(lambda descriptor: descriptor is _NODE)
 _TOWARDS_FUNCTIONS = fields_towards(lambda descriptor: "fun_definition" in descriptor.fields_by_name)
 
 
@@ -155,16 +163,25 @@ def parse(plan: bytes) -> Message:
 
 def nodes(plan: Message) -> Iterator[Message]:
     """Every ``PhysicalPlanNode`` of the plan, itself first, parents before their children."""
-    return (message for message in _walk(plan, _TOWARDS_NODES) if message.DESCRIPTOR is _NODE)
+    unvisited = [iter((plan,))]
+    while unvisited:
+        node = next(unvisited[-1], None)
+        if node is None:
+            unvisited.pop()
+        else:
+            yield node
+            unvisited.append(children(node))
 
 
 def children(node: Message) -> Iterator[Message]:
     """The inputs of a node, in the order of its fields."""
-    for _, part in parts(node, _TOWARDS_NODES[node.DESCRIPTOR.full_name]):
-        if part.DESCRIPTOR is _NODE:
-            yield part
-        else:
-            yield from children(part)
+    name = kind(node)
+    content: Message = getattr(node, name) if name else None
+    for field, is_repeated in _INPUTS.get(name, ()):
+        if is_repeated:
+            yield from getattr(content, field)
+        elif content.HasField(field):
+            yield getattr(content, field)
 
 
 def kind(node: Message) -> str | None:

@@ -13,6 +13,7 @@ from worker import output
 from worker.cluster import flight
 from worker.cluster.observability import ObservabilityServicer
 from worker.config import Compression, Settings
+from worker.demand import LAST_AGE, demand_of
 from worker.encode import Encoder, plain_schema
 from worker.errors import InvalidTicket, ResponseTooLarge
 from worker.handlers import adding, sending_bytes
@@ -25,6 +26,7 @@ from worker.session import SessionBuilderLike, WorkerQueryContext
 from worker.stream import PartitionStream
 from worker.supervision.journal import Journal
 from worker.task import Task
+from worker.tasks import Wanted
 from worker.ticket import PlanTicket, StageKey
 
 # What a request or an answer has beside its ticket: descriptors, field tags. gRPC counts it in its limit.
@@ -86,16 +88,8 @@ class Worker(ObservabilityServicer, Flight_pb2_grpc.FlightServiceServicer):
         compression = output.compression(query.headers) or self._settings.compression
         expand_views = output.expand_views(query.headers)
         collects_metrics = ticket.stage_key is not None and flight.collects_metrics(query.headers)
-        session = await self._session_builder.build_session_state(query)
-        await self._permit(query, ticket.plan, is_known=self._tasks.knows(ticket, query.principal))
-        async with self._tasks.partition(
-            ticket,
-            query.principal,
-            session,
-            memory=query.builder.memory_limit,
-            python_udf_inlining=query.builder.python_udf_inlining,
-            rewrite=self._exchange.rewrite(ticket, query.headers),
-        ) as (task, batches):
+        wanted = await self._wanted(query, ticket)
+        async with self._tasks.partition(wanted) as (task, batches):
             expands_views = query.builder.expands_views if expand_views is None else expand_views
             held: Message | None = None
             async with aclosing(self._encoded(answered, task, batches, compression, expands_views)) as messages:
@@ -211,16 +205,7 @@ class Worker(ObservabilityServicer, Flight_pb2_grpc.FlightServiceServicer):
     async def _describe(self, answered: Request, ticket: PlanTicket, context: Context) -> tuple[int, pa.Schema]:
         query = self._query_of(answered, ticket, context)
         expand_views = output.expand_views(query.headers)
-        session = await self._session_builder.build_session_state(query)
-        await self._permit(query, ticket.plan, is_known=self._tasks.knows(ticket, query.principal))
-        async with self._tasks.task(
-            ticket,
-            query.principal,
-            session,
-            memory=query.builder.memory_limit,
-            python_udf_inlining=query.builder.python_udf_inlining,
-            rewrite=self._exchange.rewrite(ticket, query.headers),
-        ) as task:
+        async with self._tasks.task(await self._wanted(query, ticket)) as task:
             schema = await task.schema()
             is_plain = query.builder.expands_views if expand_views is None else expand_views
             return task.partition_count, plain_schema(schema) if is_plain else schema
@@ -232,6 +217,21 @@ class Worker(ObservabilityServicer, Flight_pb2_grpc.FlightServiceServicer):
             task_index=ticket.task_index,
             task_count=ticket.task_count,
             stage_key=ticket.stage_key,
+        )
+
+    async def _wanted(self, query: WorkerQueryContext, ticket: PlanTicket) -> Wanted:
+        """What a request needs of its task, once the session builder and the policy have said that it may."""
+        session = await self._session_builder.build_session_state(query)
+        nodes = await self._permit(query, ticket.plan, is_known=self._tasks.knows(ticket, query.principal))
+        age = None if ticket.task_count == 0 else LAST_AGE
+        builder = query.builder
+        return Wanted(
+            ticket,
+            query.principal,
+            session,
+            demand_of(query.principal, ticket.stage_key, len(ticket.plan), nodes, builder.memory_limit, age),
+            builder.python_udf_inlining,
+            self._exchange.rewrite(ticket, query.headers),
         )
 
     async def _unimplemented(self, context: Context, method: str, instead: str) -> NoReturn:

@@ -264,7 +264,9 @@ class Servicer:
         error = DurationExceeded(f"the request took longer than {seconds:g} s, which is this worker's max_duration")
         return asyncio.get_running_loop().call_later(seconds, end, running, error)
 
-    async def _permit(self, query: WorkerQueryContext, plan_bytes: bytes, *, is_known: bool = False) -> None:
+    async def _permit(
+        self, query: WorkerQueryContext, plan_bytes: bytes, *, is_known: bool = False
+    ) -> frozenset[str] | None:
         """Has the policy look at what a plan touches, before anything of it is decoded.
 
         Args:
@@ -273,13 +275,16 @@ class Servicer:
             is_known: whether the same principal has a task with this plan. Only a policy of the user's own, which may
                 look at headers, could say something else then.
 
+        Returns:
+            The kinds of its nodes, by ``PlanAccess.nodes``; None if nothing had to be looked at.
+
         Raises:
             InvalidPlan: the bytes are no plan, or it names a store by what is no URL.
             WorkerError: whatever the policy raised of these, ``PermissionDenied`` above all.
             SessionBuilderFailed: it raised anything else.
         """
         if is_known and self._policy_is_default:
-            return
+            return None
         find = partial(access_of, plan_bytes, with_functions=not self._policy_is_default)
         access = await self._executor.in_thread_if(len(plan_bytes) > SMALL_PLAN, find)
         try:
@@ -290,6 +295,7 @@ class Servicer:
             if is_cancellation(error):
                 raise
             raise SessionBuilderFailed("the plan policy failed: the worker's log says why") from error
+        return access.nodes
 
     def _query_context(
         self, request: Request, context: Context, *, task_index: int, task_count: int, stage_key: StageKey | None

@@ -10,7 +10,6 @@ from typing import Any
 from datafusion import SessionContext
 
 from worker.admission import Admission, Claim, Demand
-from worker.demand import demand_of
 from worker.ending import end, this_request
 from worker.errors import StageKeyConflict, Unavailable, WorkerError
 from worker.executor import SMALL_PLAN, Executor
@@ -25,8 +24,21 @@ from worker.watchdog import Watchdog
 IDLE_TASKS = 1000
 IDLE_PART = 8
 
-# Tickets do not say when their query began: those of coordinators count as younger than all others.
-LAST_AGE = 1 << 64
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a request wants of a task, and what that is made of if it is the first to ask."""
+
+    ticket: PlanTicket
+    principal: str
+    """Who asks."""
+    session: SessionContext
+    """What the plan is decoded in."""
+    demand: Demand
+    python_udf_inlining: bool
+    """Whether Python functions that come inside the plan are unpickled."""
+    rewrite: Rewrite | None = None
+    """Is called for plans that have nodes which only a codec knows."""
 
 
 class Tasks:
@@ -58,50 +70,23 @@ class Tasks:
         return entry is not None and entry.ticket.plan == ticket.plan
 
     @asynccontextmanager
-    async def task(
-        self,
-        ticket: PlanTicket,
-        principal: str,
-        session: SessionContext,
-        *,
-        memory: int | None,
-        python_udf_inlining: bool,
-        rewrite: Rewrite | None = None,
-    ) -> AsyncIterator[Task]:
+    async def task(self, wanted: Wanted) -> AsyncIterator[Task]:
         """The task of a ticket, found or made, for as long as the block lasts.
 
         It is made once, however many ask at the same time, in the session of the one who came first; the sessions of
         the others are not used. A ticket without a stage key has a task of its own. While requests are at it, it holds
         its memory; it waits for that before its plan is decoded, and again after it has been idle.
 
-        Args:
-            ticket: what is asked for.
-            principal: who asks.
-            session: what the plan is decoded in, if the task is to be made.
-            memory: bytes of the session's memory pool; None if it has no limit.
-            python_udf_inlining: whether Python functions that come inside the plan are unpickled.
-            rewrite: is called for plans that have nodes which only a codec knows.
-
         Raises:
             StageKeyConflict: the stage key stands for another plan.
             WorkerBusy: there is no place for the task.
             InvalidPlan, EnginePanicked: the plan does not decode; nothing is kept, the next to ask tries anew.
         """
-        make = partial(self._make, session, ticket, python_udf_inlining, rewrite)
-        with self._entered(ticket, principal, memory, make) as entry:
+        with self._entered(wanted) as entry:
             yield await self._task_of(entry)
 
     @asynccontextmanager
-    async def partition(
-        self,
-        ticket: PlanTicket,
-        principal: str,
-        session: SessionContext,
-        *,
-        memory: int | None,
-        python_udf_inlining: bool,
-        rewrite: Rewrite | None = None,
-    ) -> AsyncIterator[tuple[Task, PartitionStream]]:
+    async def partition(self, wanted: Wanted) -> AsyncIterator[tuple[Task, PartitionStream]]:
         """The task of a ticket and the stream of its partition, which is closed when the block ends.
 
         Raises:
@@ -111,8 +96,8 @@ class Tasks:
             WorkerBusy: there is no place for the task, or for one more stream.
             WorkerError: the plan's input is not to be had.
         """
-        make = partial(self._make, session, ticket, python_udf_inlining, rewrite)
-        with self._entered(ticket, principal, memory, make) as entry:
+        ticket = wanted.ticket
+        with self._entered(wanted) as entry:
             try:
                 task = await self._task_of(entry)
             except asyncio.CancelledError:
@@ -149,28 +134,24 @@ class Tasks:
             await task.close()
 
     @contextmanager
-    def _entered(
-        self, ticket: PlanTicket, principal: str, memory: int | None, make: Callable[[], asyncio.Future[Task]]
-    ) -> "Iterator[_Entry]":
+    def _entered(self, wanted: Wanted) -> "Iterator[_Entry]":
         """The entry of a ticket, which the running request uses for as long as the block lasts."""
-        entry, request = self._entry(ticket, principal, memory, make), this_request()
+        entry, request = self._entry(wanted), this_request()
         self._enter(entry, request)
         try:
             yield entry
         finally:
             self._leave(entry, request)
 
-    def _entry(
-        self, ticket: PlanTicket, principal: str, memory: int | None, make: Callable[[], asyncio.Future[Task]]
-    ) -> "_Entry":
+    def _entry(self, wanted: Wanted) -> "_Entry":
         if self._closed:
             raise Unavailable("the worker was closed")
-        key: Hashable = object() if ticket.stage_key is None else (principal, ticket.stage_key)
+        ticket = wanted.ticket
+        key: Hashable = object() if ticket.stage_key is None else (wanted.principal, ticket.stage_key)
         entry = self._entries.get(key)
         if entry is None:
-            age = None if ticket.task_count == 0 else LAST_AGE
-            demand = demand_of(principal, ticket.stage_key, ticket.plan, memory, age)
-            entry = self._entries[key] = _Entry(key, ticket, demand, make)
+            make = partial(self._make, wanted)
+            entry = self._entries[key] = _Entry(key, ticket, wanted.demand, make)
             self._executor.users.add(entry)
         elif entry.ticket.plan != ticket.plan:
             raise StageKeyConflict(f"stage key {ticket.stage_key} already stands for another plan: make a new key")
@@ -286,20 +267,20 @@ class Tasks:
         finally:
             self._leave(entry, this)
 
-    def _make(
-        self, session: SessionContext, ticket: PlanTicket, python_udf_inlining: bool, rewrite: Rewrite | None
-    ) -> asyncio.Future[Task]:
-        executor = self._executor
+    def _make(self, wanted: Wanted) -> asyncio.Future[Task]:
+        executor, session, ticket = self._executor, wanted.session, wanted.ticket
         executor.count_decoded()
 
         def make() -> Task:
             noted = executor.journal.admit(ticket.plan, ticket.stage_key)
             with executor.journal.decoding(noted):
-                prepared = executor.timed(prepare, session, ticket.plan, executor.limits, python_udf_inlining, rewrite)
+                prepared = executor.timed(
+                    prepare, session, ticket.plan, executor.limits, wanted.python_udf_inlining, wanted.rewrite
+                )
                 return Task(executor, noted, session, *prepared)
 
         # A function that is unpickled may do anything, and for long.
-        if len(ticket.plan) <= SMALL_PLAN and not python_udf_inlining:
+        if len(ticket.plan) <= SMALL_PLAN and not wanted.python_udf_inlining:
             made: asyncio.Future[Task] = asyncio.get_running_loop().create_future()
             made.set_result(make())
             return made

@@ -112,14 +112,19 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
                 settings = ClusterSettings.from_headers(query.headers)
                 settings.apply(query.headers, query.builder)
                 session = await self._session_builder.build_session_state(query)
-                await self._permit(query, request.plan_proto)
+                nodes = await self._permit(query, request.plan_proto)
                 if request.work_unit_feed_declarations:
                     raise FailedPrecondition(
                         f"{len(request.work_unit_feed_declarations)} nodes of the plan are fed with work units, "
                         "which this worker has no nodes for: run such plans on workers written in Rust"
                     )
                 demand = demand_of(
-                    query.principal, key, request.plan_proto, query.builder.memory_limit, request.query_start_time_ns
+                    query.principal,
+                    key,
+                    len(request.plan_proto),
+                    nodes,
+                    query.builder.memory_limit,
+                    request.query_start_time_ns,
                 )
                 claim = held.enter_context(await self._tasks.admit(demand))
                 claim.end = partial(end, this_request())
