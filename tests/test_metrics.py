@@ -3,9 +3,11 @@
 import asyncio
 import re
 import socket
+import threading
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,10 +23,11 @@ from test_server import refused
 from worker_service import coordinated, plan_of, read, refusal, refused_read, service, task_key
 
 import worker
-from worker import metrics
+from worker import metrics, metrics_server
 from worker.client import WorkerClient
 from worker.config import Settings
 from worker.durations import BOUNDS, Durations
+from worker.metrics_server import MOST_CONNECTIONS, MetricsServer
 from worker.proto import Flight_pb2, observability_pb2, observability_pb2_grpc, worker_pb2
 from worker.testing import RunningWorker, running_worker
 
@@ -51,7 +54,7 @@ def samples(text: str) -> Samples:
 
 
 @contextmanager
-def served(running: RunningWorker) -> Iterator[metrics.MetricsServer]:
+def served(running: RunningWorker) -> Iterator[MetricsServer]:
     with metrics.serve(running.worker, "127.0.0.1", 0) as server:
         yield server
 
@@ -262,7 +265,7 @@ async def test_two_workers_of_a_process_have_metrics_of_their_own_and_may_share_
 
 
 async def test_who_connects_and_says_nothing_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics._Handler, "timeout", 0.05)
+    monkeypatch.setattr(metrics_server._Handler, "timeout", 0.05)
     async with running_worker() as running:
         with served(running) as server:
 
@@ -271,6 +274,20 @@ async def test_who_connects_and_says_nothing_is_let_go(monkeypatch: pytest.Monke
                     return silent.recv(1)
 
             assert await in_threads([wait]) == [b""]
+
+
+async def test_of_many_who_connect_and_say_nothing_the_oldest_are_cut_off_and_metrics_are_served() -> None:
+    async with running_worker() as running:
+        with served(running) as server, ExitStack() as opened:
+
+            def connect() -> socket.socket:
+                return opened.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30))
+
+            silent = [connect() for _ in range(MOST_CONNECTIONS + 2)]
+            assert await in_threads([partial(each.recv, 1) for each in silent[:2]]) == [b"", b""]
+            (text,) = await in_threads([lambda: get(server.port)])
+            assert "worker_sent_rows_total" in text
+            assert sum(thread.name.startswith("Thread-") for thread in threading.enumerate()) <= MOST_CONNECTIONS + 1
 
 
 async def test_a_server_of_metrics_that_is_closed_does_not_listen() -> None:

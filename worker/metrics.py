@@ -1,22 +1,15 @@
 """A worker's statistics for Prometheus, and the port that they are read from. The names are in docs/operation.md."""
 
-import socket
-import threading
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Protocol, Self
-from wsgiref.simple_server import WSGIRequestHandler, make_server
+from typing import Protocol
 
-from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
+from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.registry import Collector
 
 from worker.durations import BOUNDS, Histogram
+from worker.metrics_server import MetricsServer
 from worker.servicer import Statistics
-
-# Who connects and says nothing has a thread for so long.
-SILENT_SECONDS = 10
 
 
 class Watched(Protocol):
@@ -38,7 +31,7 @@ def registry(watched: Watched) -> CollectorRegistry:
     return made
 
 
-def serve(watched: Watched, host: str, port: int) -> "MetricsServer":
+def serve(watched: Watched, host: str, port: int) -> MetricsServer:
     """Serves a worker's metrics over HTTP, whatever the path, until it is closed.
 
     Args:
@@ -50,55 +43,6 @@ def serve(watched: Watched, host: str, port: int) -> "MetricsServer":
         OSError: the address cannot be listened on.
     """
     return MetricsServer(registry(watched), host, port)
-
-
-class MetricsServer:
-    """Threads that answer with the metrics of a registry, also while the event loop is busy."""
-
-    def __init__(self, collected: CollectorRegistry, host: str, port: int) -> None:
-        """
-        Args:
-            collected: what is served.
-            host: the address to listen on.
-            port: 0 picks a free one.
-
-        Raises:
-            OSError: the address cannot be listened on.
-        """
-        server_class = _ServerOfIPv6 if ":" in host else ThreadingWSGIServer
-        try:
-            self._server = make_server(host, port, make_wsgi_app(collected), server_class, _Handler)
-        except OSError as error:
-            raise OSError(f"cannot serve metrics on {host}:{port}: {error.strerror or error}") from error
-        self.port: int = self._server.server_port
-        """Where it listens."""
-        self._thread = threading.Thread(target=self._server.serve_forever, name="worker-metrics", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stops to listen, which takes half a second at most."""
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class _ServerOfIPv6(ThreadingWSGIServer):
-    address_family = socket.AF_INET6
-
-
-class _Handler(WSGIRequestHandler):
-    timeout = SILENT_SECONDS
-
-    def log_message(self, *args: object) -> None:
-        """Says nothing: a line a scrape is of no use."""
 
 
 class _StatisticsCollector(Collector):

@@ -4,11 +4,12 @@ import contextlib
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from worker.metrics_server import MetricsServer
 from worker.supervision.supervisor import Place, Supervisor
 
 # Of several workers, which one it is: the number of its port.
@@ -31,11 +32,7 @@ def serve(supervisor: Supervisor, host: str, port: int) -> int:
     """
     registry = CollectorRegistry()
     registry.register(SupervisorCollector(supervisor))
-    try:
-        server, _ = start_http_server(port, host, registry)
-    except OSError as error:
-        raise OSError(f"cannot serve metrics on {host}:{port}: {error.strerror or error}") from error
-    return server.server_port
+    return MetricsServer(registry, host, port).port
 
 
 class SupervisorCollector(Collector):
