@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import signal
+import socket
 import sys
 import time
 import urllib.request
@@ -264,6 +265,55 @@ async def test_a_worker_with_a_thread_that_works_for_nobody_is_replaced() -> Non
         await asyncio.wait_for(asyncio.shield(first.ended), SECONDS)
 
 
+async def test_a_worker_that_hangs_in_its_start_is_replaced() -> None:
+    async with supervised(Times(silent=1, start=2)) as (supervisor, address):
+        (place,) = supervisor.places
+        place.start_seconds = 0
+        first = place.child
+        assert first is not None
+        first.signal(signal.SIGKILL)
+        await until(lambda: place.child is not first, SECONDS)
+        assert place.child is not None
+        place.child.signal(signal.SIGSTOP)
+        assert not place.is_up
+        # The next one may be slow, on a busy machine.
+        place.start_seconds = SECONDS
+        await works(address)
+        assert place.restarts >= 2
+
+
+async def test_a_standard_error_that_nobody_reads_holds_up_nothing(folder: Path) -> None:
+    """
+    1. The log fills what is between the worker and whoever does not read.
+    2. Plans panic, which DataFusion writes to standard error, in as many threads as it has: each has its answer.
+    3. Once it is read again, the log goes on, and says that there is a gap.
+    """
+    read_end, write_end = os.pipe()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "worker", "--port", "0", "--grace", "0"), stdout=PIPE, stderr=write_end
+    )
+    os.close(write_end)
+    try:
+        assert process.stdout is not None
+        address = (await process.stdout.readline()).decode().removeprefix("listening on grpc://").strip()
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub = FlightServiceStub(channel)
+            for _ in range(10):
+                await asyncio.gather(*(status(stub.DoGet(Ticket(ticket=b"\xff" * 1000))) for _ in range(100)))
+        for _ in range(8):
+            code, _text = await ask(address, PANICS_IN_EXECUTION["no arguments"]())
+            assert code is grpc.StatusCode.INTERNAL
+
+        log = b""
+        while b"[lines dropped: nobody read them]\n" not in log:
+            log += os.read(read_end, 1 << 16)
+            await works(address)
+    finally:
+        process.kill()
+        await process.wait()
+        os.close(read_end)
+
+
 async def test_a_panic_is_told_with_its_place_and_message() -> None:
     async with supervised(Times()) as (_, address):
         for plan in (PANICS_IN_EXECUTION["no arguments"](), PANICS_IN_EXECUTION["first zero rows"]()):
@@ -343,6 +393,39 @@ async def test_workers_end_with_a_supervisor_that_is_killed_and_leave_nothing(
         process.kill()
         await until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, SECONDS)
         assert not of_workers(folder)
+
+
+async def test_workers_that_have_not_started_end_with_a_supervisor_that_is_killed_and_leave_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(folder))
+    (folder / "slow.py").write_text("import pathlib, time; pathlib.Path('loading').touch(); time.sleep(600)")
+    command = ("-m", "worker", "--port", "0", "--session-builder", "slow:build_state")
+    process = await asyncio.create_subprocess_exec(sys.executable, *command, cwd=folder)
+    await until((folder / "loading").exists, SECONDS)
+    (child,) = children(process.pid)
+    process.kill()
+    await process.wait()
+    await until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, SECONDS)
+    assert not of_workers(folder)
+
+
+async def test_a_process_that_was_started_without_standard_streams_is_none_the_worse(folder: Path) -> None:
+    """Its descriptors would be those of sockets, which what the engine writes to standard error goes into."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = await asyncio.create_subprocess_exec(
+        *("bash", "-c", 'exec "$@" <&- >&- 2>&-', "", sys.executable, "-m", "worker", "--port", str(port))
+    )
+    try:
+        await works(f"127.0.0.1:{port}")
+        for each in (process.pid, (await child_of(process.pid)).pid):
+            assert os.readlink(f"/proc/{each}/fd/1") == os.devnull
+        process.terminate()
+        assert await process.wait() == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
 
 
 async def test_a_port_is_one_supervisors_even_while_its_worker_is_dead() -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import sys
@@ -17,6 +18,7 @@ from worker.exit import end
 from worker.logs import Event
 from worker.supervision import collector
 from worker.supervision.board import VARIABLE
+from worker.supervision.child import STANDARD_ERROR
 from worker.supervision.supervisor import Supervisor
 
 logger = logging.getLogger("worker")
@@ -26,6 +28,7 @@ PROGRAM = "python -m worker"
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs workers, or one, until told to stop, and ends the process."""
+    _open_standard_descriptors()
     try:
         settings = Settings(**vars(_parser().parse_args(arguments)))
         logs.configure(settings)
@@ -48,9 +51,22 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         fail(str(error))
 
 
+def _open_standard_descriptors() -> None:
+    """Has something behind descriptors 0 to 2, where the process was started with one of them closed.
+
+    Else a socket gets its number, and what the engine writes to standard error goes in there.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= STANDARD_ERROR:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    # Python has no stream for what was closed.
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(STANDARD_ERROR, "w")
+
+
 def fail(reason: str) -> NoReturn:
     """Ends the process because it could not do what it was asked to."""
-    print(f"{PROGRAM}: {reason}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(f"{PROGRAM}: {reason}", file=sys.stderr)
     end(2)
 
 

@@ -36,14 +36,18 @@ def run(settings: Settings, announce: Callable[[str], None]) -> NoReturn:
         OSError: the address cannot be listened on.
     """
     supervised = Supervised.from_environment()
-    builder = load_session_builder(settings.session_builder) if settings.session_builder else None
-    keep_freed_memory()
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    try:
+        if supervised is not None:
+            supervised.watch(settings.shutdown_delay + settings.grace + MARGIN)
+        builder = load_session_builder(settings.session_builder) if settings.session_builder else None
+        keep_freed_memory()
+        runner = asyncio.Runner(loop_factory=_loop_factory())
         runner.run(_serve(settings, builder, supervised, announce))
+    finally:
         if supervised is not None:
             supervised.clean_up()
-        # Not after the runner's own end, which waits for whatever a session builder still hangs in.
-        end(0)
+    # Without the runner's own end, which waits for whatever a session builder still hangs in.
+    end(0)
 
 
 async def _serve(
@@ -76,7 +80,6 @@ async def _serve(
                 announce(url)
                 await stopped.wait()
                 return
-            supervised.watch(settings.shutdown_delay + settings.grace + MARGIN)
             beating = asyncio.ensure_future(supervised.beat())
             supervised.tell(listening=url)
             await stopped.wait()

@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import json
+import math
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -29,6 +31,18 @@ LAST_LINES_SECONDS = 1.0
 
 STANDARD_ERROR = 2
 
+# Whoever reads that may be slow, for so long at a time. Then lines are dropped, until something is read again: a worker
+# whose standard error is full hangs, since the engine writes there when it panics.
+SLOW_SECONDS = 1.0
+
+DROPPED = b"\n[lines dropped: nobody read them]\n"
+
+# A pipe of which a poll says that it takes something takes so much at once.
+PIPE_BYTES = select.PIPE_BUF
+
+# Held for a write, so that what a poll has said is still so.
+_WRITING = threading.Lock()
+
 # What Rust writes there when it panics, before a line with the message. Of the place, the package and what follows.
 PANIC = re.compile(r"thread .* panicked at (?:.*/registry/src/[^/]*/)?(.+):$")
 
@@ -39,6 +53,7 @@ class Trouble(Enum):
     ENDED = "it ended"
     SILENT = "its event loop does not come round"
     STUCK = "a thread works for nobody"
+    LATE = "it does not listen"
 
 
 class Child:
@@ -133,14 +148,17 @@ class Child:
         """The last that it wrote to its standard error."""
         return list(self._errors.lines)
 
-    async def trouble(self, stop: "asyncio.Future[None]", silent_seconds: float) -> Trouble | None:
+    async def trouble(
+        self, stop: "asyncio.Future[None]", silent_seconds: float, start_seconds: float = math.inf
+    ) -> Trouble | None:
         """Waits until it is to be replaced; None if the wait was stopped before.
 
         Args:
             stop: stops the wait.
             silent_seconds: how long its event loop may take to come round, once it listens.
+            start_seconds: how long it may take until it listens.
         """
-        silent, beats, step = 0.0, -1, silent_seconds / 10
+        silent, starting, beats, step = 0.0, 0.0, -1, silent_seconds / 10
         while not stop.done():
             await asyncio.wait((stop, self.ended, self._stuck), timeout=step, return_when=asyncio.FIRST_COMPLETED)
             if self.ended.done():
@@ -152,6 +170,9 @@ class Child:
             beats = self.board.beats
             if silent >= silent_seconds:
                 return Trouble.SILENT
+            starting = starting + step if not self.listening.done() else 0.0
+            if starting >= start_seconds:
+                return Trouble.LATE
         return None
 
     async def end(self, seconds: float) -> None:
@@ -202,6 +223,9 @@ class _Errors:
         self.lines: deque[str] = deque(maxlen=LAST_LINES)
         self._loop = asyncio.get_running_loop()
         self._ended = asyncio.Event()
+        self._is_dropping = False
+        self._takes = select.poll()
+        self._takes.register(STANDARD_ERROR, select.POLLOUT)
 
     def start(self, descriptor: int) -> None:
         """Passes on what is read from a pipe, in a thread: nobody may read our own standard error."""
@@ -221,13 +245,28 @@ class _Errors:
                 started = started[-LINE_LENGTH:]
                 for line in filter(None, lines):
                     self._keep(line[:LINE_LENGTH].decode("utf-8", "replace"))
-                with contextlib.suppress(OSError):
-                    while part:
-                        part = part[os.write(STANDARD_ERROR, part) :]
+                self._write(part)
         if started:
             self._keep(started.decode("utf-8", "replace"))
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._ended.set)
+
+    def _write(self, part: bytes) -> None:
+        end = time.monotonic() + SLOW_SECONDS
+        with contextlib.suppress(OSError):
+            while part:
+                self._takes.poll(0 if self._is_dropping else 100)
+                with _WRITING:
+                    if self._takes.poll(0):
+                        if self._is_dropping:
+                            self._is_dropping = False
+                            # Of a line that was cut off, the rest is dropped too.
+                            part = DROPPED + part.partition(b"\n")[2]
+                        part = part[os.write(STANDARD_ERROR, part[:PIPE_BYTES]) :]
+                        end = time.monotonic() + SLOW_SECONDS
+                    elif self._is_dropping or time.monotonic() > end:
+                        self._is_dropping = True
+                        return
 
     def _keep(self, line: str) -> None:
         self.lines.append(line)

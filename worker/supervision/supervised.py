@@ -89,4 +89,7 @@ class Supervised:
                 # It is told once: what it does about it takes a while.
                 ended.poll()
         signal.alarm(math.ceil(seconds))
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            # It is not serving yet, and is gone in a moment.
+            self.clean_up()
         os.kill(os.getpid(), signal.SIGTERM)

@@ -6,6 +6,7 @@ It uses neither gRPC nor DataFusion, so that what ends a worker does not end it.
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -30,6 +31,9 @@ LONGEST_DELAY = 30.0
 # What a worker gets beyond its own times for the end.
 MARGIN = 10.0
 
+# A session builder's module that takes its time to load takes longer on a busy machine.
+START_FACTOR = 10.0
+
 # Of the plans that ran when a worker died, so many are logged.
 LOGGED_PLANS = 20
 
@@ -44,6 +48,8 @@ class Times:
     """A thread of DataFusion that has worked for nobody for so long does not end."""
     kill: float = 1.0
     """A worker that hangs is killed so long after it was told to end."""
+    start: float = 60.0
+    """A worker that takes longer until it listens, and ten times as long as the first did, hangs."""
     healthy: float = 10.0
     """A worker that has lived so long is well: if it dies, that has nothing to do with its start."""
 
@@ -57,6 +63,8 @@ class Place:
     """Bound to the port, so that nobody else gets it while there is no worker."""
     child: Child | None = None
     restarts: int = 0
+    start_seconds: float = math.inf
+    """How long the first worker took until it listened."""
 
     @property
     def is_up(self) -> bool:
@@ -154,7 +162,8 @@ class Supervisor:
                 logger.error(Event("worker cannot be started", port=place.port, reason=str(error)))
                 await asyncio.wait((self._stop,), timeout=delay(deaths + 1))
                 continue
-            trouble = await child.trouble(self._stop, self._times.silent)
+            start_seconds = max(self._times.start, START_FACTOR * place.start_seconds)
+            trouble = await child.trouble(self._stop, self._times.silent, start_seconds)
             if trouble is None:
                 await self._drain(child)
                 return
@@ -167,6 +176,10 @@ class Supervisor:
                 _log(child, "worker is replaced", reason=f"its event loop was silent for {self._times.silent:g} s")
                 child.signal(SHOW_STACKS)
                 await child.end(self._times.kill)
+            if trouble is Trouble.LATE:
+                _log(child, "worker is replaced", reason=f"it does not listen after {start_seconds:g} s")
+                child.signal(signal.SIGKILL)
+                await child.ended
             running = child.board.running()
             await child.clean_up()
             if not place.restarts and not child.listening.done():
@@ -203,11 +216,12 @@ class Supervisor:
         place.child = child
         self._children.add(child)
         child.ended.add_done_callback(lambda _: self._children.discard(child))
-        child.listening.add_done_callback(lambda _: self._listens(child, is_first=before is None))
+        child.listening.add_done_callback(lambda _: self._listens(child, place))
         return child
 
-    def _listens(self, child: Child, *, is_first: bool) -> None:
-        if is_first:
+    def _listens(self, child: Child, place: Place) -> None:
+        if place.start_seconds == math.inf:
+            place.start_seconds = child.seconds
             self._announce(child.listening.result())
         else:
             logger.info(
