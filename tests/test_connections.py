@@ -52,3 +52,12 @@ async def test_an_old_connection_finishes_its_stream_and_the_next_request_has_a_
         assert await reading.code() is grpc.StatusCode.OK
         assert running.worker.statistics().rows_sent == rows
         assert (await status(service.DoGet(Flight_pb2.Ticket(ticket=do_get(one)))))[0] is grpc.StatusCode.OK
+
+
+async def test_of_many_requests_that_come_at_once_none_is_cancelled() -> None:
+    """gRPC cancels some of more than a thousand that no handler has been found for, unless it is told otherwise."""
+    async with running_worker() as running, grpc.aio.insecure_channel(running.address) as channel:
+        service = Flight_pb2_grpc.FlightServiceStub(channel)
+        asked = [service.GetSchema(Flight_pb2.FlightDescriptor()) for _ in range(3000)]
+        ended = {code for code, _ in await asyncio.gather(*(status(each) for each in asked))}
+        assert ended == {grpc.StatusCode.INVALID_ARGUMENT}

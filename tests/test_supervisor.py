@@ -399,6 +399,7 @@ async def test_workers_that_have_not_started_end_with_a_supervisor_that_is_kille
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(Path(worker.__file__).parent.parent))
     (folder / "slow.py").write_text("import pathlib, time; pathlib.Path('loading').touch(); time.sleep(600)")
     command = ("-m", "worker", "--port", "0", "--session-builder", "slow:build_state")
     process = await asyncio.create_subprocess_exec(sys.executable, *command, cwd=folder)

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from support import do_get, listening, stage_key, status, stub
 
 import worker
-from worker import Settings, TokenAuth, UnfitSettings, WorkerQueryContext, auth
+from worker import Settings, TokenAuth, UnfitSettings, WorkerQueryContext, auth, server
 from worker.client import WorkerClient
 from worker.proto import Flight_pb2, Flight_pb2_grpc, observability_pb2, worker_pb2
 from worker.testing import RunningWorker, running_worker
@@ -156,6 +156,35 @@ async def test_health_needs_none_and_nothing_else_is_open(settings: Settings) ->
     async with running_worker(settings=settings) as running, grpc.aio.insecure_channel(running.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.mark.parametrize("method", ["Check", "Watch"])
+async def test_what_comes_with_a_request_for_health_is_not_read_where_tokens_are_asked_for(
+    method: str, settings: Settings
+) -> None:
+    """Whoever has none could send large messages, never quite to their ends, and have them kept."""
+    never = asyncio.Event()
+
+    async def nothing() -> AsyncIterator[Any]:
+        await never.wait()
+        yield b""
+
+    async with running_worker(settings=settings) as running, grpc.aio.insecure_channel(running.address) as channel:
+        call: Any = channel.stream_stream(f"/grpc.health.v1.Health/{method}")(nothing(), timeout=30)
+        answer = health_pb2.HealthCheckResponse.FromString(await call.read())
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_watches_of_health_are_no_more_than_so_many(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MOST_WATCHES", 2)
+    async with running_worker(settings=settings) as running, grpc.aio.insecure_channel(running.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        watches: Any = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(2)]
+        for watch in watches:
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        assert (await status(health.Watch(health_pb2.HealthCheckRequest())))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+        for watch in watches:
+            watch.cancel()
 
 
 async def test_reflection_answers_whoever_has_a_token_unless_it_is_off(settings: Settings) -> None:

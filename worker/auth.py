@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import inspect
 import re
 import secrets
 import time
@@ -46,7 +47,8 @@ class TokenAuth(grpc.aio.ServerInterceptor):
     token's name is the principal of its requests, so that it can be changed for another token. A file that has changed
     is read anew within a second; one that is of no use then leaves the former tokens in force, and the log says so.
 
-    Requests of ``grpc.health.v1.Health`` need no token.
+    Requests of ``grpc.health.v1.Health`` need no token, and are not read, as if they were for no service by name:
+    whoever has no token could fill the memory with large ones that do not end.
     """
 
     def __init__(self, file: Path | str, refused: Callable[[str, WorkerError], None] | None = None) -> None:
@@ -73,15 +75,17 @@ class TokenAuth(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
         """The request's own handler, or one that says what was wrong before it reads anything."""
-        if not handler_call_details.method.startswith(OPEN):
-            try:
-                caller.set(self._name_of(Headers(handler_call_details.invocation_metadata or ())))
-            except Unauthenticated as error:
-                if self._refused is not None:
-                    # A name that nobody serves is the caller's own, and they may have any number of them.
-                    is_served = await continuation(handler_call_details) is not None
-                    self._refused(handler_call_details.method.rpartition("/")[2] if is_served else UNKNOWN, error)
-                return _refusing(error)
+        if handler_call_details.method.startswith(OPEN):
+            handler = await continuation(handler_call_details)
+            return handler and _unread(handler)
+        try:
+            caller.set(self._name_of(Headers(handler_call_details.invocation_metadata or ())))
+        except Unauthenticated as error:
+            if self._refused is not None:
+                # A name that nobody serves is the caller's own, and they may have any number of them.
+                is_served = await continuation(handler_call_details) is not None
+                self._refused(handler_call_details.method.rpartition("/")[2] if is_served else UNKNOWN, error)
+            return _refusing(error)
         return await continuation(handler_call_details)
 
     def _name_of(self, headers: Headers) -> str | None:
@@ -132,6 +136,21 @@ class TokenAuth(grpc.aio.ServerInterceptor):
 
     def _digest(self, token: str) -> bytes:
         return hashlib.blake2b(token.encode("utf-8", "surrogateescape"), key=self._key, digest_size=32).digest()
+
+
+def _unread(handler: "grpc.RpcMethodHandler[Any, Any]") -> "grpc.RpcMethodHandler[Any, Any]":
+    """A handler of single requests as one that answers to an empty request, whatever the caller sends."""
+    answer = handler.unary_stream if handler.response_streaming else handler.unary_unary
+    if handler.request_deserializer is None or not inspect.iscoroutinefunction(answer):
+        return handler
+    request = handler.request_deserializer(b"")
+
+    async def answer_unread(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        answered = await answer(request, context)
+        if not handler.response_streaming:
+            await context.write(answered)
+
+    return grpc.stream_stream_rpc_method_handler(answer_unread, response_serializer=handler.response_serializer)
 
 
 def _refusing(error: Unauthenticated) -> "grpc.RpcMethodHandler[Any, Any]":

@@ -21,6 +21,9 @@ from worker.tls import Certificates
 logger = logging.getLogger("worker")
 
 
+# Nobody needs a token to watch.
+MOST_WATCHES = 1000
+
 # A client that watches health and does not read must not hold up the end.
 WATCH_SECONDS = 1.0
 
@@ -146,6 +149,8 @@ class _Health(health.aio.HealthServicer):  # type: ignore[misc]
         self._watches: set[asyncio.Task[None]] = set()
 
     async def Watch(self, request: Any, context: Context) -> None:
+        if len(self._watches) >= MOST_WATCHES:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "health is watched by too many: check it instead")
         watch = asyncio.ensure_future(super().Watch(request, context))
         self._watches.add(watch)
         try:
