@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 import urllib.request
 from asyncio.subprocess import PIPE
@@ -280,6 +281,28 @@ async def test_a_worker_that_hangs_in_its_start_is_replaced() -> None:
         place.start_seconds = SECONDS
         await works(address)
         assert place.restarts >= 2
+
+
+async def test_a_supervisor_that_can_start_no_thread_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of threads there are only so many in a container, and what it is to replace may have taken them."""
+    async with supervised(Times()) as (supervisor, address):
+        (place,) = supervisor.places
+        first = place.child
+        assert first is not None
+        tried = asyncio.Event()
+
+        def fail(*_: object) -> None:
+            tried.set()
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", fail)
+            first.signal(signal.SIGKILL)
+            await asyncio.wait_for(tried.wait(), SECONDS)
+            tried.clear()
+            await asyncio.wait_for(tried.wait(), SECONDS)
+            assert place.child is first
+        await works(address)
 
 
 async def test_a_standard_error_that_nobody_reads_holds_up_nothing(folder: Path) -> None:

@@ -59,9 +59,9 @@ class Trouble(Enum):
 class Child:
     """A process, its board, its temporary folder, and what it tells."""
 
-    def __init__(self, process: Process, port: int, board: Board, folder: Path) -> None:
+    def __init__(self, process: Process, errors: "_Errors", port: int, board: Board, folder: Path) -> None:
         self._process = process
-        self._errors = _Errors(board)
+        self._errors = errors
         self._reading: asyncio.Future[None]
         self.port = port
         self.board = board
@@ -95,7 +95,7 @@ class Child:
             stuck_seconds: for how long its threads may work for nobody.
 
         Raises:
-            OSError: it cannot be started.
+            OSError: it cannot be started, or a thread for what it writes.
         """
         folder = Path(tempfile.mkdtemp(prefix="worker-", dir=spill_folder))
         ours, theirs = socket.socketpair()
@@ -110,7 +110,9 @@ class Child:
         options, temporary = (
             ((), {"TMPDIR": str(folder)}) if spill_folder is None else (("--spill-folder", str(folder)), {})
         )
+        errors = _Errors(board)
         try:
+            errors.start(read_end)
             process = await asyncio.create_subprocess_exec(
                 *command,
                 *("--port", str(port), *options),
@@ -120,16 +122,14 @@ class Child:
                 # A terminal's Ctrl-C is for the supervisor, which passes it on once.
                 process_group=0,
             )
-        except OSError:
+        except (OSError, RuntimeError) as error:  # the latter of threads that there can be no more of
             ours.close()
-            os.close(read_end)
             shutil.rmtree(folder, ignore_errors=True)
-            raise
+            raise OSError(str(error)) from error
         finally:
             theirs.close()
             os.close(write_end)
-        child = cls(process, port, board, folder)
-        child._errors.start(read_end)
+        child = cls(process, errors, port, board, folder)
         child._reading = asyncio.ensure_future(child._read(ours))
         return child
 
@@ -195,7 +195,10 @@ class Child:
         await self._errors.wait(LAST_LINES_SECONDS)
         self._reading.cancel()
         await asyncio.wait((self._reading,))
-        await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
+        try:
+            await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
+        except RuntimeError:  # there can be no more threads
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _read(self, news: socket.socket) -> None:
         reader, writer = await asyncio.open_connection(sock=news)
@@ -228,8 +231,16 @@ class _Errors:
         self._takes.register(STANDARD_ERROR, select.POLLOUT)
 
     def start(self, descriptor: int) -> None:
-        """Passes on what is read from a pipe, in a thread: nobody may read our own standard error."""
-        threading.Thread(target=self._pass_on, args=(descriptor,), name="worker-errors", daemon=True).start()
+        """Passes on what is read from a pipe, which is closed at its end, in a thread: nobody may read our own.
+
+        Raises:
+            RuntimeError: there can be no more threads; the pipe is closed.
+        """
+        try:
+            threading.Thread(target=self._pass_on, args=(descriptor,), name="worker-errors", daemon=True).start()
+        except RuntimeError:
+            os.close(descriptor)
+            raise
 
     async def wait(self, seconds: float) -> None:
         """Waits for the end, if that comes soon."""
