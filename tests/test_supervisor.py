@@ -452,6 +452,26 @@ async def test_a_process_that_was_started_without_standard_streams_is_none_the_w
             process.kill()
 
 
+@pytest.mark.parametrize("option", ["--supervisor", "--no-supervisor"])
+async def test_a_worker_whose_standard_output_nobody_reads_serves(option: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = (sys.executable, "-m", "worker", "--port", str(port), option)
+    process = await asyncio.create_subprocess_exec(*command, stdout=write_end, stderr=PIPE)
+    os.close(write_end)
+    try:
+        await works(f"127.0.0.1:{port}")
+        process.terminate()
+        _, errors = await process.communicate()
+        assert process.returncode == 0
+        assert b"BrokenPipe" not in errors
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+
+
 async def test_a_port_is_one_supervisors_even_while_its_worker_is_dead() -> None:
     async with listening("-m", "worker", "--port", "0") as (_, url):
         port = url.rpartition(":")[2]

@@ -71,7 +71,8 @@ def fail(reason: str) -> NoReturn:
 
 
 def _announce(url: str) -> None:
-    print(f"listening on {url}", flush=True)
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(f"listening on {url}", flush=True)
 
 
 def _supervise(settings: Settings) -> NoReturn:
