@@ -1,10 +1,10 @@
 """A worker for distributed DataFusion: executes physical plans that come in Arrow Flight tickets.
 
 Layers, each importing only from those before it: errors, failures, message, ipc, allocator, exit, interrupt, leftover,
-ending; headers, ticket, config, output, logs, durations, metrics_server; supervision; files, tls, auth; plan_proto,
-check, session, plan, policy, partitionwise; views, dictionaries, compact, compress, encode, decode, flight_data;
-stream, abandon; admission, watchdog; executor, demand, prepare, task, tasks; requests; handlers, servicer; cluster;
-service; server, metrics, client, testing, importer; serving; the command lines.
+ending; headers, ticket, config, grpc_options, output, logs, durations, metrics_server; supervision; files, tls, auth;
+plan_proto, check, session, plan, policy, partitionwise; views, dictionaries, compact, compress, encode, decode,
+flight_data; stream, abandon; admission, watchdog; executor, demand, prepare, task, tasks; requests; handlers, servicer;
+cluster; service; server, metrics, client, testing, importer; serving; the command lines.
 """
 
 from importlib import import_module
@@ -49,9 +49,10 @@ if TYPE_CHECKING:
         WorkerBusy,
         WorkerError,
     )
+    from worker.grpc_options import server_options
     from worker.headers import Headers
     from worker.policy import DefaultPolicy, PlanAccess, PlanPolicy, Touched
-    from worker.service import Worker, add_FlightServiceServicer_to_server, server_options
+    from worker.service import Worker, add_FlightServiceServicer_to_server
     from worker.servicer import Statistics
     from worker.session import (
         DefaultSessionBuilder,
@@ -124,6 +125,7 @@ if not TYPE_CHECKING:
     _HOMES = (
         "allocator",
         "config",
+        "grpc_options",
         "errors",
         "headers",
         "ticket",

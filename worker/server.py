@@ -14,7 +14,8 @@ from worker.auth import TokenAuth
 from worker.cluster import observability
 from worker.cluster import service as cluster
 from worker.config import Settings, UnfitSettings, is_loopback
-from worker.service import SERVICE, Worker, add_FlightServiceServicer_to_server, server_options
+from worker.grpc_options import server_options
+from worker.service import SERVICE, Worker, add_FlightServiceServicer_to_server
 from worker.servicer import Context
 from worker.tls import Certificates
 

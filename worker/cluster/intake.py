@@ -33,10 +33,12 @@ class Store:
         self.url = f"{EXCHANGE}{folder.name}/"
         self._session = session
         self._is_registered = False
+        self._is_made = False
         self._writing: set[asyncio.Future[None]] = set()
 
     async def write(self, executor: Executor, write: Callable[[], None]) -> None:
         """Writes in a thread, which goes on if who waits for it is cancelled."""
+        self._is_made = True
         writing = executor.in_thread(write)
         self._writing.add(writing)
         writing.add_done_callback(self._writing.discard)
@@ -64,7 +66,7 @@ class Store:
         if self._is_registered:
             self._session.deregister_object_store(EXCHANGE, self.folder.name)
         del self._session
-        if self.folder.exists():
+        if self._is_made:
             await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)
         self._exchange.take(-self._size)
         self._size = 0
