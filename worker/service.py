@@ -12,19 +12,17 @@ import pyarrow as pa
 from worker import output
 from worker.cluster import flight
 from worker.cluster.observability import ObservabilityServicer
-from worker.config import Compression, Settings
+from worker.config import Compression
 from worker.demand import LAST_AGE, demand_of
 from worker.encode import Encoder, plain_schema
 from worker.errors import InvalidTicket, ResponseTooLarge
 from worker.handlers import adding, sending_bytes
 from worker.message import Message
-from worker.policy import PlanPolicyLike
 from worker.proto import Flight_pb2, Flight_pb2_grpc
 from worker.requests import Request
 from worker.servicer import Context
-from worker.session import SessionBuilderLike, WorkerQueryContext
+from worker.session import WorkerQueryContext
 from worker.stream import PartitionStream
-from worker.supervision.journal import Journal
 from worker.task import Task
 from worker.tasks import Wanted
 from worker.ticket import PlanTicket, StageKey
@@ -38,17 +36,6 @@ class Worker(ObservabilityServicer, Flight_pb2_grpc.FlightServiceServicer):
     An asyncio servicer, to be added to a ``grpc.aio`` server with ``add_FlightServiceServicer_to_server``, and closed
     with ``close`` (or ``async with``) after the server has stopped.
     """
-
-    def __init__(
-        self,
-        session_builder: SessionBuilderLike | None = None,
-        *,
-        settings: Settings | None = None,
-        plan_policy: PlanPolicyLike | None = None,
-        journal: Journal | None = None,
-    ) -> None:
-        super().__init__(session_builder, settings=settings, plan_policy=plan_policy, journal=journal)
-        self._exchange = flight.Exchange(self._channels, self._folder, self._executor)
 
     async def DoGet(self, request: Flight_pb2.Ticket, context: Context) -> AsyncIterator[Flight_pb2.FlightData]:
         """The record batches of one partition of the ticket's plan, its schema first."""

@@ -4,16 +4,11 @@ from typing import Any
 
 import grpc
 
-from worker.cluster.process import CpuUsage
 from worker.cluster.service import ClusterServicer
-from worker.config import Settings
 from worker.handlers import adding
-from worker.policy import PlanPolicyLike
 from worker.proto import observability_pb2, observability_pb2_grpc
 from worker.requests import Request
 from worker.servicer import Context
-from worker.session import SessionBuilderLike
-from worker.supervision.journal import Journal
 from worker.watchdog import resident_bytes
 
 SERVICE: str = observability_pb2.DESCRIPTOR.services_by_name["ObservabilityService"].full_name
@@ -25,17 +20,6 @@ class ObservabilityServicer(ClusterServicer, observability_pb2_grpc.Observabilit
     The session builder says who may ask, as for any other request, and of what runs, each principal sees its own:
     whoever knows the key of a task may read its output (see ``ClusterServicer.ExecuteTask``).
     """
-
-    def __init__(
-        self,
-        session_builder: SessionBuilderLike | None = None,
-        *,
-        settings: Settings | None = None,
-        plan_policy: PlanPolicyLike | None = None,
-        journal: Journal | None = None,
-    ) -> None:
-        super().__init__(session_builder, settings=settings, plan_policy=plan_policy, journal=journal)
-        self._cpu_usage = CpuUsage()
 
     async def Ping(self, request: Any, context: Context) -> observability_pb2.PingResponse:
         """An answer, to anybody."""

@@ -16,10 +16,12 @@ from worker import plan
 from worker.check import check
 from worker.cluster.channels import Channels
 from worker.cluster.fetch import Source
+from worker.cluster.flight import Exchange
 from worker.cluster.folder import ExchangeFolder
 from worker.cluster.intake import Store
 from worker.cluster.members import Members
 from worker.cluster.nodes import Head, Place, without_python_udfs
+from worker.cluster.process import CpuUsage
 from worker.cluster.rewrite import Rewritten, check_rewritten, rewrite
 from worker.cluster.settings import ClusterSettings, passed_on
 from worker.cluster.task import ClusterTask, Orders
@@ -64,6 +66,8 @@ class ClusterServicer(Servicer, worker_pb2_grpc.WorkerServiceServicer):
         self._folder = ExchangeFolder(self._settings.spill_folder, self._settings.max_spill)
         self._cluster_tasks = ClusterTasks()
         self._members = Members()
+        self._cpu_usage = CpuUsage()
+        self._exchange = Exchange(self._channels, self._folder, self._executor)
 
     def with_version(self, version: str) -> Self:
         """Sets what ``GetWorkerInfo`` says: coordinators may use workers of one version alone."""
