@@ -12,7 +12,7 @@ from benchmarks.plans import Case
 from benchmarks.wire import LARGEST
 from worker import SessionStateBuilder, flight_data, keep_freed_memory
 from worker.encode import Encoder
-from worker.stream import READ_AHEAD_BYTES
+from worker.execution.stream import READ_AHEAD_BYTES
 
 Use: TypeAlias = Callable[[Iterable[pa.RecordBatch]], None]
 

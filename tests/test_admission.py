@@ -41,15 +41,15 @@ from worker import (
     plan_proto,
     plan_ticket,
 )
-from worker.admission import OLDEST_FACTOR, QUERY_TASKS, Admission, Claim, Demand
 from worker.client import WorkerClient
 from worker.config import MEBIBYTE
+from worker.execution.admission import OLDEST_FACTOR, QUERY_TASKS, Admission, Claim, Demand
+from worker.execution.tasks import IDLE_TASKS
+from worker.execution.watchdog import SECONDS, Watchdog, resident_bytes
 from worker.proto import worker_pb2
 from worker.proto.Flight_pb2 import FlightDescriptor, Ticket
 from worker.proto.Flight_pb2_grpc import FlightServiceStub, add_FlightServiceServicer_to_server
-from worker.tasks import IDLE_TASKS
 from worker.testing import RunningWorker, running_worker
-from worker.watchdog import SECONDS, Watchdog, resident_bytes
 
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 X = pa.schema([("x", pa.int64())])

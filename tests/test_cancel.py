@@ -20,10 +20,10 @@ from worker_service import coordinated, execute_request, service
 
 from worker import Settings, StageKey, Worker, WorkerQueryContext, plan_ticket
 from worker.config import MEBIBYTE
-from worker.executor import LEFTOVER_SECONDS
+from worker.execution.executor import LEFTOVER_SECONDS
+from worker.execution.stream import READS_BEFORE_FLOW
 from worker.proto.Flight_pb2 import Ticket
 from worker.server import Server
-from worker.stream import READS_BEFORE_FLOW
 from worker.testing import RunningWorker, running_worker
 
 ENDLESS = "range(1000000000000)"

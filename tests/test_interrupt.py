@@ -4,7 +4,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from worker.interrupt import Interruptible
+from worker.execution.interrupt import Interruptible
 
 
 def _wait_for_ever(started: threading.Event) -> None:

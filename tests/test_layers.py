@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import grpc
@@ -18,7 +19,7 @@ PACKAGE = Path(worker.__file__).parent
 COMMAND_LINES = ("cli", "probe", "__main__")
 
 # What knows neither the protocol nor its messages.
-CORE = ("tasks", "task", "prepare", "executor", "plan", "encode", "session")
+CORE = ("execution.tasks", "execution.task", "execution.prepare", "execution.executor", "plan", "encode", "session")
 
 
 def _layers() -> list[str]:
@@ -80,6 +81,14 @@ def test_module_imports_only_from_layers_before_it(module: str) -> None:
         assert _layer(name) in LAYERS, f"{module} imports {name} from the package instead of its module"
         inside = len(name.split(".")) > 2 and _layer(name) == _layer(module) and MODULES[module].parent != PACKAGE
         assert inside or LAYERS.index(_layer(name)) < own, f"{module} imports {name}, a layer not before its own"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Also within a package, whose modules are one layer."""
+    imported = {
+        module: [name if name in MODULES else name.rpartition(".")[0] for name in _own(module)] for module in MODULES
+    }
+    TopologicalSorter(imported).prepare()
 
 
 def test_the_package_imports_nothing_above_the_service() -> None:

@@ -26,13 +26,13 @@ from worker import (
     WorkerQueryContext,
     plan_ticket,
 )
-from worker.admission import Admission, Demand
 from worker.client import WorkerClient
 from worker.config import PlanLimits
-from worker.executor import Executor
+from worker.execution.admission import Admission, Demand
+from worker.execution.executor import Executor
+from worker.execution.tasks import Tasks, Wanted
 from worker.proto.Flight_pb2 import Ticket
 from worker.proto.Flight_pb2_grpc import FlightServiceStub
-from worker.tasks import Tasks, Wanted
 from worker.testing import RunningWorker, running_worker
 
 MEGABYTE = 1_000_000

@@ -25,9 +25,9 @@ from worker import plan_proto
 from worker.cluster import members
 from worker.cluster.process import CpuUsage
 from worker.config import Settings
+from worker.execution.watchdog import resident_bytes
 from worker.proto import observability_pb2, observability_pb2_grpc, worker_pb2
 from worker.testing import RunningWorker, running_worker
-from worker.watchdog import resident_bytes
 
 ADA, BOB = (("x-user", "ada"),), (("x-user", "bob"),)
 

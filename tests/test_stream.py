@@ -16,9 +16,9 @@ from support import listening
 
 from worker import WorkerQueryContext, plan_ticket
 from worker.client import WorkerClient
+from worker.execution.stream import FLOW_SECONDS, READS_BEFORE_FLOW, STREAM_BYTES
 from worker.proto.Flight_pb2 import FlightData, Ticket
 from worker.proto.Flight_pb2_grpc import FlightServiceStub
-from worker.stream import FLOW_SECONDS, READS_BEFORE_FLOW, STREAM_BYTES
 from worker.testing import running_worker
 
 FLOWING = 10 * READS_BEFORE_FLOW

@@ -13,18 +13,18 @@ from worker import output
 from worker.cluster import flight
 from worker.cluster.observability import ObservabilityServicer
 from worker.config import Compression
-from worker.demand import LAST_AGE, demand_of
 from worker.encode import Encoder, plain_schema
 from worker.errors import InvalidTicket, ResponseTooLarge
+from worker.execution.demand import LAST_AGE, demand_of
+from worker.execution.stream import PartitionStream
+from worker.execution.task import Task
+from worker.execution.tasks import Wanted
 from worker.handlers import adding, sending_bytes
 from worker.message import Message
 from worker.proto import Flight_pb2, Flight_pb2_grpc
 from worker.requests import Request
 from worker.servicer import Context
 from worker.session import WorkerQueryContext
-from worker.stream import PartitionStream
-from worker.task import Task
-from worker.tasks import Wanted
 from worker.ticket import PlanTicket, StageKey
 
 SERVICE: str = Flight_pb2.DESCRIPTOR.services_by_name["FlightService"].full_name

@@ -15,7 +15,6 @@ from typing import Any, Self, TypeAlias
 import grpc
 
 from worker import flight_data
-from worker.admission import Admission
 from worker.auth import caller
 from worker.config import Settings
 from worker.durations import Histogram
@@ -28,7 +27,9 @@ from worker.errors import (
     UpstreamFailed,
     WorkerError,
 )
-from worker.executor import SMALL_PLAN, Executor
+from worker.execution.admission import Admission
+from worker.execution.executor import SMALL_PLAN, Executor
+from worker.execution.tasks import Tasks
 from worker.headers import Headers
 from worker.message import Message
 from worker.policy import DefaultPolicy, PlanPolicyLike, access_of, check_of
@@ -42,7 +43,6 @@ from worker.session import (
     is_cancellation,
 )
 from worker.supervision.journal import Journal
-from worker.tasks import Tasks
 from worker.ticket import StageKey
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]

@@ -21,13 +21,13 @@ from worker.cluster.rewrite import Origin, Rewritten, check_rewritten, executed
 from worker.cluster.settings import passed_on
 from worker.cluster.task import HELD_BYTES
 from worker.errors import InvalidRequest
-from worker.executor import Executor
+from worker.execution.executor import Executor
+from worker.execution.prepare import Input, Rewrite
+from worker.execution.task import Task
 from worker.headers import Headers
 from worker.plan_proto import Message as PlanMessage
 from worker.plan_proto import PhysicalPlanNode
-from worker.prepare import Input, Rewrite
 from worker.proto import Flight_pb2, plan_pb2, worker_pb2
-from worker.task import Task
 from worker.ticket import PlanTicket, StageKey
 
 DO_GET = "/arrow.flight.protocol.FlightService/DoGet"

@@ -11,7 +11,7 @@ from datafusion.object_store import LocalFileSystem
 
 from worker.cluster.folder import ExchangeFolder
 from worker.cluster.received import INLINE, Received
-from worker.executor import Executor
+from worker.execution.executor import Executor
 from worker.message import Bytes
 from worker.plan_proto import Message as PlanMessage
 from worker.policy import EXCHANGE

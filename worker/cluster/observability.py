@@ -5,11 +5,11 @@ from typing import Any
 import grpc
 
 from worker.cluster.service import ClusterServicer
+from worker.execution.watchdog import resident_bytes
 from worker.handlers import adding
 from worker.proto import observability_pb2, observability_pb2_grpc
 from worker.requests import Request
 from worker.servicer import Context
-from worker.watchdog import resident_bytes
 
 SERVICE: str = observability_pb2.DESCRIPTOR.services_by_name["ObservabilityService"].full_name
 

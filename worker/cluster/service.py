@@ -27,10 +27,10 @@ from worker.cluster.settings import ClusterSettings, passed_on
 from worker.cluster.task import ClusterTask, Orders
 from worker.cluster.tasks import ClusterTasks
 from worker.config import PlanLimits, Settings
-from worker.demand import demand_of
 from worker.ending import end, this_request
 from worker.errors import FailedPrecondition, InvalidPlan, InvalidRequest
-from worker.executor import SMALL_PLAN
+from worker.execution.demand import demand_of
+from worker.execution.executor import SMALL_PLAN
 from worker.handlers import adding, sending_bytes
 from worker.message import Message
 from worker.plan_proto import Message as PlanMessage

@@ -22,11 +22,11 @@ from worker.cluster.settings import ClusterSettings
 from worker.config import MEBIBYTE, Compression
 from worker.encode import Encoder
 from worker.errors import FailedPrecondition, PartitionOutOfRange, QueryEnded, Unavailable, WorkerError
-from worker.executor import Executor
+from worker.execution.executor import Executor
+from worker.execution.stream import PartitionStream
 from worker.message import Message
 from worker.proto import worker_pb2
 from worker.session import is_cancellation
-from worker.stream import PartitionStream
 from worker.supervision.journal import Noted
 from worker.ticket import StageKey
 

@@ -9,15 +9,15 @@ from typing import Any
 
 from datafusion import SessionContext
 
-from worker.admission import Admission, Claim, Demand
 from worker.ending import end, this_request
 from worker.errors import StageKeyConflict, Unavailable, WorkerError
-from worker.executor import SMALL_PLAN, Executor
-from worker.prepare import Rewrite, prepare
-from worker.stream import PartitionStream
-from worker.task import Task, has_failed
+from worker.execution.admission import Admission, Claim, Demand
+from worker.execution.executor import SMALL_PLAN, Executor
+from worker.execution.prepare import Rewrite, prepare
+from worker.execution.stream import PartitionStream
+from worker.execution.task import Task, has_failed
+from worker.execution.watchdog import Watchdog
 from worker.ticket import PlanTicket
-from worker.watchdog import Watchdog
 
 # Tasks that nobody uses, which later requests may; beyond so many, or so much of the memory by their plans' sizes, the
 # one that idles longest is forgotten before its time.

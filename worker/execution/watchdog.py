@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from worker.admission import Claim
 from worker.allocator import give_back_freed_memory
 from worker.config import MEBIBYTE, usable_memory
 from worker.errors import MemoryExceeded
+from worker.execution.admission import Claim
 
 logger = logging.getLogger("worker")
 

@@ -14,7 +14,7 @@ from datafusion import ExecutionPlan, RecordBatchStream
 from worker import plan
 from worker.encode import TARGET_SIZE
 from worker.errors import Unavailable
-from worker.interrupt import Interruptible
+from worker.execution.interrupt import Interruptible
 
 # An awaited read costs 0.1 ms of wake-ups between DataFusion's threads and the event loop; one that blocks a thread, a
 # fourth. A stream that finds no thread free is awaited, so that none ever waits for another to be read.

@@ -16,9 +16,9 @@ from worker.config import MEBIBYTE, PlanLimits
 from worker.durations import Durations
 from worker.encode import Encoder
 from worker.errors import Unavailable, WorkerBusy
-from worker.leftover import LeftoverCalls
+from worker.execution.leftover import LeftoverCalls
+from worker.execution.stream import PartitionStream, ReadThreads
 from worker.message import Message
-from worker.stream import PartitionStream, ReadThreads
 from worker.supervision.journal import Journal
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import FrameType
 from weakref import WeakSet
 
-from worker.interrupt import Interrupted, raise_in
+from worker.execution.interrupt import Interrupted, raise_in
 
 # What DataFusion's runtime calls its threads. Others that run Python code, and are not Python's, are somebody else's.
 ENGINE_THREAD = b"tokio-rt-worker"

@@ -2,8 +2,8 @@
 
 from collections.abc import Set
 
-from worker.admission import Demand
-from worker.executor import SMALL_PLAN
+from worker.execution.admission import Demand
+from worker.execution.executor import SMALL_PLAN
 from worker.ticket import StageKey
 
 # Of a pool without a limit: more than any worker has, so that such a task runs alone.

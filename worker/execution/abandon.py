@@ -6,7 +6,7 @@ from typing import Any
 
 from datafusion import ExecutionPlan, RecordBatchStream
 
-from worker.stream import let_go
+from worker.execution.stream import let_go
 
 # A partition that nobody will read is polled before it is dropped: only then does a RepartitionExec know that nobody
 # reads it, and stops to buffer for it. The poll happens in DataFusion's runtime, at once unless that is busy.

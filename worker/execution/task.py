@@ -7,12 +7,12 @@ import pyarrow as pa
 from datafusion import ExecutionPlan, SessionContext
 
 from worker import plan
-from worker.abandon import drop_unread, repartitions
 from worker.errors import PartitionOutOfRange
-from worker.executor import Executor
+from worker.execution.abandon import drop_unread, repartitions
+from worker.execution.executor import Executor
+from worker.execution.prepare import Decoded, Input, decode_independent
+from worker.execution.stream import PartitionStream
 from worker.partitionwise import counterparts
-from worker.prepare import Decoded, Input, decode_independent
-from worker.stream import PartitionStream
 from worker.supervision.journal import Noted
 
 
