@@ -10,8 +10,9 @@ from datafusion import ExecutionPlan
 
 from benchmarks.plans import Case
 from benchmarks.wire import LARGEST
-from worker import SessionStateBuilder, flight_data, keep_freed_memory
-from worker.encode import Encoder
+from worker import SessionStateBuilder, keep_freed_memory
+from worker.encoding import flight_data
+from worker.encoding.encode import Encoder
 from worker.execution.stream import READ_AHEAD_BYTES
 
 Use: TypeAlias = Callable[[Iterable[pa.RecordBatch]], None]

@@ -8,9 +8,10 @@ from statistics import median
 from benchmarks.report import print_table
 from benchmarks.servers import Server
 from benchmarks.wire import LARGEST, DoGet, do_get, request
-from worker import PlanTicket, SessionStateBuilder, flight_data, plan, plan_ticket
+from worker import PlanTicket, SessionStateBuilder, plan, plan_ticket
 from worker.config import PlanLimits
-from worker.encode import Encoder
+from worker.encoding import flight_data
+from worker.encoding.encode import Encoder
 from worker.partitionwise import make_partitions_independent
 
 

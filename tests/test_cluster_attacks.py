@@ -17,7 +17,7 @@ from support import status, until
 from worker import plan_proto
 from worker.cluster.channels import Channels
 from worker.cluster.merge import Replay, interleaved
-from worker.encode import Encoder
+from worker.encoding.encode import Encoder
 from worker.errors import QueryEnded
 from worker.message import Message as IpcMessage
 from worker.plan import schema_message

@@ -14,7 +14,7 @@ from datafusion.plan import MetricsSet
 
 from worker.cluster.metrics import NetworkFigures, of_node, of_task
 from worker.cluster.sketch import Sketch
-from worker.encode import Encoder
+from worker.encoding.encode import Encoder
 from worker.message import HeaderType, header_type, row_count
 from worker.proto import worker_pb2
 

@@ -10,8 +10,8 @@ import pytest
 from support import read_messages
 from test_encode import COLUMNS
 
-from worker.compress import Codec, Compressor
-from worker.encode import Encoder
+from worker.encoding.compress import Codec, Compressor
+from worker.encoding.encode import Encoder
 from worker.message import HeaderType, Message, body_length, header_type
 
 FRAMES: dict[Codec, bytes] = {"lz4": bytes.fromhex("04224d18"), "zstd": bytes.fromhex("28b52ffd")}

@@ -10,7 +10,7 @@ import pytest
 from support import read_messages
 
 from worker import ExecutionFailed
-from worker.encode import Encoder
+from worker.encoding.encode import Encoder
 from worker.message import HeaderType, Message, body_length, header_type
 
 LIMIT = 4 << 20

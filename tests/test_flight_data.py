@@ -3,8 +3,8 @@
 import pyarrow as pa
 import pytest
 
-from worker.encode import Encoder
-from worker.flight_data import serialize
+from worker.encoding.encode import Encoder
+from worker.encoding.flight_data import serialize
 from worker.message import Message
 from worker.proto import Flight_pb2
 

@@ -11,7 +11,7 @@ from pyarrow import flight
 from support import Header, fetch_one, in_threads, status, stub
 
 from worker import Settings, Worker, WorkerQueryContext, plan_ticket
-from worker.encode import ENCODED_AT_ONCE
+from worker.encoding.encode import ENCODED_AT_ONCE
 from worker.message import header_type
 from worker.proto.Flight_pb2 import FlightData, Ticket
 from worker.testing import RunningWorker, running_worker

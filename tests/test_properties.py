@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from strategies import streams
 from support import read_messages
 
-from worker import dictionaries, encode
 from worker.config import Compression
-from worker.encode import Encoder
+from worker.encoding import dictionaries, encode
+from worker.encoding.encode import Encoder
 from worker.message import Message
 
 Stream = tuple[pa.Schema, Sequence[pa.RecordBatch]]

@@ -19,7 +19,7 @@ from type_cases import CASES
 from worker import plan_proto
 from worker.cluster.received import INLINE, Part, Received
 from worker.config import Compression
-from worker.encode import Encoder
+from worker.encoding.encode import Encoder
 from worker.errors import ExecutionFailed
 from worker.message import HEADER_SLOT, HEADER_TYPE_SLOT, HeaderType, field, header_type, root, target
 

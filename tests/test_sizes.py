@@ -10,9 +10,9 @@ import pytest
 from support import read_messages
 
 from worker import ResponseTooLarge
-from worker.dictionaries import SMALL_DICTIONARY
-from worker.encode import SMALL_BATCH, TARGET_SIZE, Encoder
-from worker.flight_data import serialize
+from worker.encoding.dictionaries import SMALL_DICTIONARY
+from worker.encoding.encode import SMALL_BATCH, TARGET_SIZE, Encoder
+from worker.encoding.flight_data import serialize
 from worker.message import HeaderType, Message, header_type
 
 LIMIT = 4 << 20

@@ -6,8 +6,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from worker.compact import compactor
-from worker.views import compact_views, without_views
+from worker.encoding.compact import compactor
+from worker.encoding.views import compact_views, without_views
 
 LONG = [f"a string too long to stand inside of a view, number {number}" for number in range(10_000)]
 

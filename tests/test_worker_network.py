@@ -35,7 +35,7 @@ from worker_service import (
 )
 
 from worker import Settings, Worker, add_WorkerServiceServicer_to_server, plan_proto
-from worker.encode import Encoder
+from worker.encoding.encode import Encoder
 from worker.plan_proto import Message
 from worker.proto import nodes_pb2, worker_pb2, worker_pb2_grpc
 from worker.testing import running_worker

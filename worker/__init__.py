@@ -2,8 +2,8 @@
 
 Layers, each importing only from those before it: errors, failures, message, ipc, allocator, exit, ending; headers,
 ticket, config, grpc_options, output, logs, durations, metrics_server; supervision; files, tls, auth; plan_proto, check,
-session, plan, policy, partitionwise; views, dictionaries, compact, compress, encode, decode, flight_data; execution;
-requests; handlers, servicer; cluster; service; server, metrics, client, testing, importer; serving; the command lines.
+session, plan, policy, partitionwise; encoding; execution; requests; handlers, servicer; cluster; service; server,
+metrics, client, testing, importer; serving; the command lines.
 """
 
 from importlib import import_module

@@ -13,7 +13,7 @@ from worker import output
 from worker.cluster import flight
 from worker.cluster.observability import ObservabilityServicer
 from worker.config import Compression
-from worker.encode import Encoder, plain_schema
+from worker.encoding.encode import Encoder, plain_schema
 from worker.errors import InvalidTicket, ResponseTooLarge
 from worker.execution.demand import LAST_AGE, demand_of
 from worker.execution.stream import PartitionStream

@@ -14,10 +14,10 @@ from typing import Any, Self, TypeAlias
 
 import grpc
 
-from worker import flight_data
 from worker.auth import caller
 from worker.config import Settings
 from worker.durations import Histogram
+from worker.encoding import flight_data
 from worker.ending import end, ended_with, this_request
 from worker.errors import (
     DurationExceeded,

@@ -10,7 +10,7 @@ import grpc
 import pyarrow as pa
 from datafusion import ExecutionPlan
 
-from worker.decode import Decoder
+from worker.encoding.decode import Decoder
 from worker.proto import Flight_pb2, Flight_pb2_grpc
 from worker.ticket import StageKey, plan_ticket
 

@@ -11,13 +11,14 @@ import grpc
 import pyarrow as pa
 from google.protobuf.message import DecodeError
 
-from worker import flight_data, ipc
+from worker import ipc
 from worker.cluster.channels import Channels
 from worker.cluster.intake import Intake
 from worker.cluster.merge import together
 from worker.cluster.metrics import NetworkFigures
 from worker.cluster.nodes import Head, Leaf, Read
 from worker.config import MEBIBYTE, usable_memory
+from worker.encoding import flight_data
 from worker.errors import ExecutionFailed, InvalidRequest, UpstreamFailed
 from worker.message import Message, row_count
 from worker.proto import worker_pb2

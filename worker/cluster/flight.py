@@ -8,7 +8,7 @@ import grpc
 from datafusion import SessionContext
 from google.protobuf.message import DecodeError
 
-from worker import flight_data, output, plan
+from worker import output, plan
 from worker.check import check
 from worker.cluster import flight_rewrite, metrics
 from worker.cluster.channels import Channels
@@ -20,6 +20,7 @@ from worker.cluster.nodes import Leaf, Place, Read
 from worker.cluster.rewrite import Origin, Rewritten, check_rewritten, executed
 from worker.cluster.settings import passed_on
 from worker.cluster.task import HELD_BYTES
+from worker.encoding import flight_data
 from worker.errors import InvalidRequest
 from worker.execution.executor import Executor
 from worker.execution.prepare import Input, Rewrite

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from worker import plan_proto
 from worker.cluster.footer import Block, footer
-from worker.dictionaries import has_dictionaries
+from worker.encoding.dictionaries import has_dictionaries
 from worker.errors import ExecutionFailed
 from worker.message import (
     BYTE,

@@ -20,7 +20,7 @@ from worker.cluster.nodes import Head, Leaf, check_head
 from worker.cluster.rewrite import Origin, Origins, Rewritten, executed, with_head
 from worker.cluster.settings import ClusterSettings
 from worker.config import MEBIBYTE, Compression
-from worker.encode import Encoder
+from worker.encoding.encode import Encoder
 from worker.errors import FailedPrecondition, PartitionOutOfRange, QueryEnded, Unavailable, WorkerError
 from worker.execution.executor import Executor
 from worker.execution.stream import PartitionStream

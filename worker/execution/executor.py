@@ -14,7 +14,7 @@ from datafusion import ExecutionPlan, RecordBatchStream, SessionContext
 from worker import plan
 from worker.config import MEBIBYTE, PlanLimits
 from worker.durations import Durations
-from worker.encode import Encoder
+from worker.encoding.encode import Encoder
 from worker.errors import Unavailable, WorkerBusy
 from worker.execution.leftover import LeftoverCalls
 from worker.execution.stream import PartitionStream, ReadThreads

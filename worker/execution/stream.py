@@ -12,7 +12,7 @@ import pyarrow as pa
 from datafusion import ExecutionPlan, RecordBatchStream
 
 from worker import plan
-from worker.encode import TARGET_SIZE
+from worker.encoding.encode import TARGET_SIZE
 from worker.errors import Unavailable
 from worker.execution.interrupt import Interruptible
 

@@ -5,13 +5,13 @@ from math import ceil
 
 import pyarrow as pa
 
-from worker.compact import compactor
-from worker.compress import Compressor
 from worker.config import Compression
-from worker.dictionaries import has_dictionaries, is_same, with_dictionary
+from worker.encoding.compact import compactor
+from worker.encoding.compress import Compressor
+from worker.encoding.dictionaries import has_dictionaries, is_same, with_dictionary
+from worker.encoding.views import is_view, plain_type, without_views
 from worker.errors import ExecutionFailed, ResponseTooLarge
 from worker.message import FRAMING_BYTES, LENGTH, PREFIX_BYTES, Bytes, HeaderType, Message, body_length, header_type
-from worker.views import is_view, plain_type, without_views
 
 # Larger batches are divided into messages of about this size, small ones joined up to it: 64 k rows of 8 numbers are
 # two. Each costs some 0.1 ms beside its bytes, in which gRPC sends a quarter of a megabyte; parts of less than one

@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from worker.views import is_valid_mask, is_view, without_views
+from worker.encoding.views import is_valid_mask, is_view, without_views
 
 # Dictionaries up to this size are sent whole: a message costs more than such a copy.
 SMALL_DICTIONARY = 64 * 1024

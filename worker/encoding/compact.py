@@ -7,8 +7,8 @@ from typing import TypeAlias
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from worker.dictionaries import DictionaryCompactor, child_types
-from worker.views import compact_views, is_view
+from worker.encoding.dictionaries import DictionaryCompactor, child_types
+from worker.encoding.views import compact_views, is_view
 
 Compactor: TypeAlias = Callable[[pa.Array], pa.Array]
 
