@@ -1,7 +1,9 @@
 """Plans: Python functions that come in them, how they fail to decode, and their schemas, found out without running."""
 
+import gc
 import re
 import struct
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,9 +35,19 @@ from worker.plan import (
     upgrade_filters,
     without_python_udfs,
 )
-from worker.plan_proto import kind, nodes, parse
+from worker.plan_proto import PhysicalPlanNode, kind, nodes, parse
 
 INT = pa.int64()
+
+
+def test_the_classes_of_messages_are_kept_when_there_are_no_messages() -> None:
+    """protobuf hands them out while the garbage collector takes them, and the process ends."""
+    message = PhysicalPlanNode()
+    message.hash_join.left.empty.SetInParent()
+    kept = [weakref.ref(type(each)) for each in (message.hash_join, message.hash_join.left.empty)]
+    del message
+    gc.collect()
+    assert all(each() is not None for each in kept)
 
 
 def _scalar(trap: object) -> ScalarUDF:

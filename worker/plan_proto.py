@@ -51,8 +51,25 @@ def _load_pool() -> descriptor_pool.DescriptorPool:
     return pool
 
 
+def _reachable(descriptor: Descriptor, without: Collection[str] = ()) -> dict[str, Descriptor]:
+    """The messages that may be in one, and itself, by their full names."""
+    types: dict[str, Descriptor] = {}
+    unvisited = [descriptor]
+    while unvisited:
+        descriptor = unvisited.pop()
+        if descriptor.full_name not in types and descriptor.full_name not in without:
+            types[descriptor.full_name] = descriptor
+            unvisited += [field.message_type for field in descriptor.fields if field.message_type]
+    return types
+
+
 _POOL = _load_pool()
 _NODE: Descriptor = _POOL.FindMessageTypeByName("datafusion.PhysicalPlanNode")
+
+# protobuf (upb) makes the class of a message when there is one, and keeps it no longer than Python does. One that the
+# garbage collector is about to take may be given to another thread meanwhile, which ends the process.
+_CLASSES = [message_factory.GetMessageClass(descriptor) for descriptor in _reachable(_NODE).values()]
+
 PhysicalPlanNode: Callable[[], Message] = message_factory.GetMessageClass(_NODE)
 Partitioning: Message = message_factory.GetMessageClass(_POOL.FindMessageTypeByName("datafusion.Partitioning"))
 Schema: Message = message_factory.GetMessageClass(_POOL.FindMessageTypeByName("datafusion_common.Schema"))
@@ -92,13 +109,7 @@ def fields_towards(is_wanted: Callable[[Descriptor], bool], *, without: Collecti
         is_wanted: says it of each kind of messages.
         without: full names of messages that are not looked into.
     """
-    types: dict[str, Descriptor] = {}
-    unvisited = [_NODE]
-    while unvisited:
-        descriptor = unvisited.pop()
-        if descriptor.full_name not in types and descriptor.full_name not in without:
-            types[descriptor.full_name] = descriptor
-            unvisited += [field.message_type for field in descriptor.fields if field.message_type]
+    types = _reachable(_NODE, without)
     leading = {name for name, descriptor in types.items() if is_wanted(descriptor)}
     grown = -1
     while grown != len(leading):
