@@ -28,7 +28,8 @@ MEBIBYTE = 1 << 20
 # What a worker may have more than at first, while it holds nothing for anybody.
 GROWTH = 600 * MEBIBYTE
 MORE_DESCRIPTORS = 40
-MORE_THREADS = 60
+# Pools fill up, those of the engine for files too, each to its own bound.
+MORE_THREADS = 150
 
 # So often it is looked at in between, which takes a while: it has to come to rest.
 LOOK_EVERY = 500
