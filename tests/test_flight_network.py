@@ -18,10 +18,12 @@ from support import as_of_51, fetch, fetch_one, metadata_of, stage_key, status, 
 from worker import InvalidPlan, PermissionDenied, Settings, WorkerQueryContext, plan_proto
 from worker.cluster import flight_rewrite
 from worker.cluster.nodes import Place, parse_in_ticket
+from worker.headers import Headers
 from worker.plan import schema_message
 from worker.plan_proto import Message, PhysicalPlanNode
 from worker.proto import Flight_pb2, nodes_pb2, plan_pb2
 from worker.testing import RunningWorker, running_worker
+from worker.ticket import PlanTicket
 
 FILES = 5
 ROWS = 1000
@@ -435,6 +437,33 @@ async def test_nothing_is_left_of_a_cancelled_read(session: SessionContext, tmp_
             await until(lambda: not list(spill.glob("*/*/*")))
             assert one.worker.statistics().streams == 0
     assert not list(spill.iterdir())
+
+
+async def test_input_that_comes_after_the_task_has_ended_is_deleted_too(
+    session: SessionContext, tmp_path: Path
+) -> None:
+    """Who fetches learns of the end last."""
+    spill = tmp_path / "spill"
+    spill.mkdir()
+    ended = asyncio.Event()
+
+    async def wait(ctx: WorkerQueryContext) -> SessionContext:
+        await ended.wait()
+        return ctx.builder.build()
+
+    query = "SELECT k || repeat('y', 4000) AS k FROM t"
+    async with running_worker(settings=Settings(spill_folder=spill)) as one, running_worker(wait) as other:
+        below = stage(1, _planned(session, query), [url(other)])
+        asked = PlanTicket.from_bytes(ticket(coalesced(session.sql(query).to_arrow_table().schema, FILES, below)))
+        read = one.worker._exchange.rewrite(asked, Headers(()))(SessionContext(), plan_proto.parse(asked.plan))
+        fetching = asyncio.ensure_future(read.fetch())
+        await until(lambda: other.worker.statistics().requests > 0)
+        closing = asyncio.ensure_future(read.close())
+        await asyncio.wait((closing,), timeout=0.1)
+        ended.set()
+        await asyncio.wait((fetching, closing))
+        assert other.worker.statistics().rows_sent == FILES * ROWS
+        assert not list(spill.rglob("*.arrow"))
 
 
 async def test_a_read_that_failed_is_done_anew_by_the_next_to_ask(session: SessionContext) -> None:

@@ -1,5 +1,6 @@
 """Tasks of distributed plans that come in tickets: what they read of others, by ``DoGet``, and their figures."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -80,6 +81,8 @@ class FlightInput:
         self._session = session
         self._headers = headers
         self._store: Store | None = None
+        # A fetch that was cancelled goes on for a moment: it would write again what is deleted meanwhile.
+        self._using_store = asyncio.Lock()
 
     @property
     def is_empty(self) -> bool:
@@ -92,17 +95,18 @@ class FlightInput:
         Raises:
             WorkerError: a worker that it reads from failed.
         """
-        # There was an attempt, whose input came in vain: whoever waited for it went away.
-        await self._close_store()
-        folder = self._exchange.folder
-        self._store = store = Store(folder.new(), self._session, folder)
-        try:
-            await together(
-                self._fetch_leaf(leaf, store, str(number)) for number, leaf in enumerate(self.rewritten.leaves)
-            )
-        except BaseException:
+        async with self._using_store:
+            # There was an attempt, whose input came in vain: whoever waited for it went away.
             await self._close_store()
-            raise
+            folder = self._exchange.folder
+            self._store = store = Store(folder.new(), self._session, folder)
+            try:
+                await together(
+                    self._fetch_leaf(leaf, store, str(number)) for number, leaf in enumerate(self.rewritten.leaves)
+                )
+            except BaseException:
+                await self._close_store()
+                raise
         # A copy, which may be changed: the leaves are parts of the other.
         fed: PlanMessage = PhysicalPlanNode()
         fed.CopyFrom(self.rewritten.plan)
@@ -110,11 +114,11 @@ class FlightInput:
 
     async def close(self) -> None:
         """Deletes what was fetched, and lets go of the session: errors keep frames that have this."""
-        await self._close_store()
+        async with self._using_store:
+            await self._close_store()
         del self._session
 
     async def _close_store(self) -> None:
-        # A fetch that was cancelled closes it while the task does: the first to come takes it.
         store, self._store = self._store, None
         if store is not None:
             await store.close()
