@@ -1,12 +1,13 @@
 """Which plan is blamed for the deaths of a worker, and what both processes know of the plans that run."""
 
+import asyncio
 import time
 import uuid
 
 import pytest
 
 from worker import PlanQuarantined
-from worker.supervision.board import ENTRIES, Board, Running
+from worker.supervision.board import ENDED_SECONDS, ENTRIES, Board, Running
 from worker.supervision.journal import Journal
 from worker.supervision.quarantine import CERTAIN_DEATHS, Quarantine
 from worker.ticket import StageKey
@@ -102,6 +103,24 @@ def test_the_supervisor_sees_what_runs_and_no_more_once_it_has_ended() -> None:
         assert 0 <= executed.seconds <= time.monotonic() - journal.oldest()
     assert seen.running() == []
     assert journal.oldest() == float("inf")
+
+
+def test_what_was_cancelled_stays_noted_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may go on. Others that begin and end meanwhile do not take its place."""
+    board = Board()
+    journal = Journal(board)
+    cancelled, failed = journal.admit(b"cancelled", KEY), journal.admit(b"failed", KEY)
+    for plan, error in ((cancelled, asyncio.CancelledError), (cancelled, GeneratorExit), (failed, ValueError)):
+        with pytest.raises(error), journal.executing(plan, 0):
+            raise error
+    for _ in range(ENTRIES):
+        with journal.executing(failed, 0):
+            pass
+    assert [running.digest for running in board.running()] == [cancelled.digest] * 2
+    assert journal.oldest() == float("inf")
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + ENDED_SECONDS + 1)
+    assert board.running() == []
 
 
 def test_more_than_can_be_noted_runs_all_the_same() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import math
 import os
 import re
 import signal
@@ -205,20 +206,21 @@ async def test_a_task_of_a_cluster_that_ends_a_worker_is_refused_the_third_time_
 
 
 async def test_both_dialects_note_what_runs() -> None:
+    """When it is cancelled, it is known for a moment that it has run."""
     board = Board.shared()
-    async with running_worker(journal=Journal(board)) as running:
+    journal = Journal(board)
+    async with running_worker(journal=journal) as running:
         async with WorkerClient(running.url) as client, aclosing(client.execute(ENDLESS, 0)) as batches:
             await anext(batches)
             assert [plan.text for plan in board.running()] == ["plan without a stage key, partition 0"]
-        await until(lambda: not board.running())
+        await until(lambda: journal.oldest() == math.inf)
         key = task_key(number=0)
         async with coordinated(running, ENDLESS, key=key):
             reading = asyncio.ensure_future(read(running, key, range(1)))
-            await until(lambda: any("partition 0" in plan.text for plan in board.running()))
-            assert "/1/0, partition 0" in board.running()[0].text
+            await until(lambda: any("/1/0, partition 0" in plan.text for plan in board.running()))
             reading.cancel()
             await asyncio.wait([reading])
-        await until(lambda: not board.running())
+        await until(lambda: journal.oldest() == math.inf)
 
 
 @asynccontextmanager
@@ -335,6 +337,26 @@ async def test_a_standard_error_that_nobody_reads_holds_up_nothing(folder: Path)
         process.kill()
         await process.wait()
         os.close(read_end)
+
+
+async def test_a_plan_whose_memory_grows_after_its_end_has_the_worker_replaced_and_is_refused_the_third_time() -> None:
+    """
+    1. A function takes more memory than there may be; its request is ended, and it does not notice.
+    2. The worker is replaced, and answers others.
+    3. Once more, and the plan is refused.
+    """
+    session = SessionContext()
+    session.from_pydict({"x": [1 << 40]}, "t")
+    plan = session.sql("SELECT repeat(arrow_cast('x', 'LargeUtf8'), x) AS y FROM t").execution_plan().to_bytes()
+    async with supervised(Times(), "--memory", "256MiB") as (supervisor, address):
+        for restarts in (1, 2):
+            code, text = await ask(address, plan)
+            assert code in {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE}, text
+            await until(lambda wanted=restarts: supervisor.places[0].restarts == wanted, SECONDS)  # type: ignore[misc]
+            await works(address)
+        code, text = await ask(address, plan)
+        assert code is grpc.StatusCode.FAILED_PRECONDITION, text
+        await works(address)
 
 
 async def test_a_panic_is_told_with_its_place_and_message() -> None:

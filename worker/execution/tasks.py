@@ -54,7 +54,7 @@ class Tasks:
         self._idle_time = idle_time
         self._admission = admission
         self._executor = executor
-        self._watchdog = Watchdog(admission.memory)
+        self._watchdog = Watchdog(admission.memory, executor.journal.give_up)
         self._watching: asyncio.Future[None] | None = None
         self._closed = False
         self._entries: dict[Hashable, _Entry] = {}

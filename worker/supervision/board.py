@@ -1,5 +1,6 @@
 """Memory that a supervisor shares with its child: what runs in there is known when the child is no more."""
 
+import math
 import mmap
 import os
 import signal
@@ -25,7 +26,8 @@ ENTRIES = 1024
 PLACES = 4096
 
 _BEATS = struct.Struct("<Q")
-_ENTRY = struct.Struct(f"<B7xd{DIGEST_BYTES}s96s")
+_ENTRY = struct.Struct(f"<B7xd{DIGEST_BYTES}s96sd")
+_TIME = struct.Struct("<d")
 _REFUSED = struct.Struct(f"<{DIGEST_BYTES}sd")
 _TEXT_BYTES = 96
 _PANIC = struct.Struct("<d504s")
@@ -38,10 +40,14 @@ _SIZE = _PANIC_AT + _PANIC.size
 
 _DECODING, _EXECUTING = 1, 2
 
+# What was ended in the midst of it may go on: a function that DataFusion calls does not notice. For so many seconds it
+# may still be what ends the process.
+ENDED_SECONDS = 10.0
+
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A plan that is, or was, decoded or executed."""
+    """A plan that is decoded or executed, or was until a moment ago and did not come to its end."""
 
     digest: bytes
     text: str
@@ -91,19 +97,27 @@ class Board:
         """Notes a plan, in one of ``ENTRIES``; ``started`` is of the monotonic clock, which all processes share."""
         at = _ENTRIES_AT + entry * _ENTRY.size
         kept = text.encode("utf-8", "replace")[:_TEXT_BYTES]
-        _ENTRY.pack_into(self._memory, at, _DECODING if is_decoding else _EXECUTING, started, digest, kept)
+        state = _DECODING if is_decoding else _EXECUTING
+        _ENTRY.pack_into(self._memory, at, state, started, digest, kept, math.inf)
 
     def clear(self, entry: int) -> None:
         """Takes a plan off."""
         self._memory[_ENTRIES_AT + entry * _ENTRY.size] = 0
 
+    def note_ended(self, entry: int) -> None:
+        """Notes that a plan was ended in the midst of it; it is taken off when another takes its place."""
+        at = _ENTRIES_AT + (entry + 1) * _ENTRY.size - _TIME.size
+        _TIME.pack_into(self._memory, at, time.monotonic())
+
     def running(self) -> list[Running]:
-        """All plans that are noted."""
+        """All plans that are noted, those too that were ended a moment ago."""
         now = time.monotonic()
         found = []
         for at in range(_ENTRIES_AT, _ENDED_WELL_AT, _ENTRY.size):
             if self._memory[at]:
-                state, started, digest, text = _ENTRY.unpack_from(self._memory, at)
+                state, started, digest, text, ended = _ENTRY.unpack_from(self._memory, at)
+                if now > ended + ENDED_SECONDS:
+                    continue
                 place = _ended_well_at(digest)
                 ended_well = self._memory[place : place + DIGEST_BYTES] == digest
                 shown = text.rstrip(b"\0").decode("utf-8", "replace")

@@ -54,6 +54,7 @@ class Trouble(Enum):
     SILENT = "its event loop does not come round"
     STUCK = "a thread works for nobody"
     LATE = "it does not listen"
+    OUTGROWN = "its memory grows, whatever it ends"
 
 
 class Child:
@@ -71,7 +72,7 @@ class Child:
         """The URL that it listens at, once it does."""
         self.metrics_port: int | None = None
         """Where it serves its metrics on the loopback interface, if it does."""
-        self._stuck: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._trouble: asyncio.Future[Trouble] = asyncio.get_running_loop().create_future()
         self._folder = folder
 
     @classmethod
@@ -160,11 +161,11 @@ class Child:
         """
         silent, starting, beats, step = 0.0, 0.0, -1, silent_seconds / 10
         while not stop.done():
-            await asyncio.wait((stop, self.ended, self._stuck), timeout=step, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((stop, self.ended, self._trouble), timeout=step, return_when=asyncio.FIRST_COMPLETED)
             if self.ended.done():
                 return Trouble.ENDED
-            if self._stuck.done():
-                return Trouble.STUCK
+            if self._trouble.done():
+                return self._trouble.result()
             # Counted by the looks, not by the clock: this process may have been stopped for a while itself.
             silent = silent + step if self.listening.done() and beats == self.board.beats else 0.0
             beats = self.board.beats
@@ -209,8 +210,9 @@ class Child:
                     self.listening.set_result(told["listening"])
                 if "metrics_port" in told:
                     self.metrics_port = told["metrics_port"]
-                if "stuck" in told:
-                    self._stuck.set_result(None)
+                for trouble in (Trouble.STUCK, Trouble.OUTGROWN):
+                    if trouble.name.lower() in told and not self._trouble.done():
+                        self._trouble.set_result(trouble)
         except ConnectionError:
             pass
         finally:

@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,6 +21,10 @@ PARTLY_READ = 1024
 PANIC_SECONDS = 0.5
 
 
+def _go_on() -> None:
+    """Nobody would replace the process."""
+
+
 @dataclass(frozen=True, slots=True)
 class Noted:
     """A plan as it is noted."""
@@ -32,11 +36,13 @@ class Noted:
 class Journal:
     """Notes what runs; a plan takes some microseconds, beside its digest. May be used in any thread."""
 
-    def __init__(self, board: Board | None = None) -> None:
+    def __init__(self, board: Board | None = None, give_up: Callable[[], None] | None = None) -> None:
         """
         Args:
             board: where it is noted, for another process to read.
+            give_up: has that replace this process, which nothing else puts right.
         """
+        self.give_up = give_up or _go_on
         self._board = board or Board()
         self._is_read = board is not None
         self._free = deque(range(ENTRIES))
@@ -91,7 +97,10 @@ class Journal:
 
     @contextmanager
     def executing(self, plan: Noted, partition: int) -> Iterator[None]:
-        """Notes that a partition of a plan is executed, for as long as the block lasts."""
+        """Notes that a partition of a plan is executed, for as long as the block lasts.
+
+        If it is cancelled, the plan stays noted for a moment.
+        """
         with self._noting(plan, f"{plan.text}, partition {partition}", is_decoding=False):
             yield
 
@@ -123,8 +132,15 @@ class Journal:
             if entry is not None:
                 self._board.note(entry, plan.digest, text, started, is_decoding=is_decoding)
             yield
+        except (asyncio.CancelledError, GeneratorExit):
+            if entry is not None:
+                self._board.note_ended(entry)
+                # Behind those that nothing is noted in.
+                self._free.append(entry)
+                entry = None
+            raise
         finally:
             del self._started[number]
             if entry is not None:
                 self._board.clear(entry)
-                self._free.append(entry)
+                self._free.appendleft(entry)

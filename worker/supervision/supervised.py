@@ -12,6 +12,7 @@ import signal
 import socket
 import threading
 import time
+from functools import partial
 from typing import Any, Self
 
 from worker.supervision.board import SHOW_STACKS, VARIABLE, Board
@@ -39,7 +40,7 @@ class Supervised:
         self._board = board
         self._folder = folder
         self._stuck_seconds = stuck_seconds
-        self.journal = Journal(board)
+        self.journal = Journal(board, partial(self.tell, outgrown=True))
 
     @classmethod
     def from_environment(cls) -> Self | None:

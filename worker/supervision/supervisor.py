@@ -180,6 +180,10 @@ class Supervisor:
                 _log(child, "worker is replaced", reason=f"it does not listen after {start_seconds:g} s")
                 child.signal(signal.SIGKILL)
                 await child.ended
+            if trouble is Trouble.OUTGROWN:
+                _log(child, "worker is replaced", reason="its memory grows, whatever it ends")
+                child.signal(signal.SIGKILL)
+                await child.ended
             running = child.board.running()
             await child.clean_up()
             if not place.restarts and not child.listening.done():
