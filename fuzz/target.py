@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import re
 import socket
 import sys
@@ -279,7 +280,7 @@ class Target:
         self.url = url
         self.client = Client(url)
         self.bystander = Bystander(Client(url))
-        self._metrics = metrics
+        self.metrics = metrics
         self._serving = self._find()
 
     async def __aenter__(self) -> Self:
@@ -338,9 +339,9 @@ class Target:
 
     async def held(self) -> dict[str, float]:
         """What the worker says that it holds: requests, streams, tasks."""
-        if self._metrics is None:
+        if self.metrics is None:
             return {}
-        text = await asyncio.to_thread(_read, self._metrics)
+        text = await asyncio.to_thread(_read, self.metrics)
         found: dict[str, float] = {}
         for name, value in _GAUGE.findall(text):
             found[name] = found.get(name, 0) + float(value)
@@ -372,22 +373,30 @@ def _read(url: str) -> str:
 
 
 @asynccontextmanager
-async def target(*options: str, errors: Path | None = None) -> AsyncIterator[Target]:
+async def target(
+    *options: str,
+    errors: Path | None = None,
+    temporary: Path | None = None,
+    address_space: int = ADDRESS_SPACE,
+) -> AsyncIterator[Target]:
     """A worker, started for as long as the block lasts. It cannot take the machine's memory.
 
     Args:
         options: of the worker's command line.
         errors: a file that its standard error goes to.
+        temporary: the folder for its temporary files; the system's without it.
+        address_space: bytes that it may have.
     """
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(errors.open("ab")) if errors else DEVNULL
         metrics = _free_port()
         process = await asyncio.create_subprocess_exec(
-            *("sh", "-c", f'ulimit -v {ADDRESS_SPACE >> 10}; ulimit -c 0; exec nice -n 5 "$0" "$@"', sys.executable),
+            *("sh", "-c", f'ulimit -v {address_space >> 10}; ulimit -c 0; exec nice -n 5 "$0" "$@"', sys.executable),
             *("-m", "worker", "--port", "0", "--metrics-port", str(metrics), "--grace", "0", *options),
             stdout=PIPE,
             stderr=log,
             cwd=ROOT,
+            env={**os.environ, **({"TMPDIR": str(temporary)} if temporary else {})},
         )
         assert process.stdout is not None
         try:
