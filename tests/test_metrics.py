@@ -15,7 +15,7 @@ import grpc
 import pyarrow as pa
 import pytest
 from datafusion import SessionContext, udf
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import REGISTRY, generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_prometheus
 from support import do_get, fetch_one, in_threads, listening, stage_key, status, status_of, stub, until
@@ -259,9 +259,12 @@ async def test_two_workers_of_a_process_have_metrics_of_their_own_and_may_share_
         await fetch_one(one, do_get(rows(2)))
         assert collected(one)["worker_sent_rows_total", ""] == 2
         assert collected(other)["worker_sent_rows_total", ""] == 0
-        users = CollectorRegistry(auto_describe=True)
-        users.register(metrics.registry(one.worker))
-        assert users.get_sample_value("worker_sent_rows_total") == 2
+        registry = metrics.registry(one.worker)
+        REGISTRY.register(registry)
+        try:
+            assert REGISTRY.get_sample_value("worker_sent_rows_total") == 2
+        finally:
+            REGISTRY.unregister(registry)
 
 
 async def test_who_connects_and_says_nothing_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:

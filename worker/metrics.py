@@ -21,18 +21,18 @@ class Watched(Protocol):
 
 
 def registry(watched: Watched) -> CollectorRegistry:
-    """A registry of a worker's own, with its statistics and what its process takes.
+    """A registry of a worker's own, with its statistics.
 
-    It is a collector too: ``prometheus_client.REGISTRY.register`` adds it to those of another program.
+    It is a collector too: ``prometheus_client.REGISTRY.register`` adds it to those of another program, which tells
+    of its process itself.
     """
     made = CollectorRegistry()
     made.register(_StatisticsCollector(watched))
-    ProcessCollector(registry=made)
     return made
 
 
 def serve(watched: Watched, host: str, port: int) -> MetricsServer:
-    """Serves a worker's metrics over HTTP, whatever the path, until it is closed.
+    """Serves a worker's metrics and those of its process over HTTP, whatever the path, until it is closed.
 
     Args:
         watched: the worker.
@@ -42,7 +42,9 @@ def serve(watched: Watched, host: str, port: int) -> MetricsServer:
     Raises:
         OSError: the address cannot be listened on.
     """
-    return MetricsServer(registry(watched), host, port)
+    served = registry(watched)
+    ProcessCollector(registry=served)
+    return MetricsServer(served, host, port)
 
 
 class _StatisticsCollector(Collector):
