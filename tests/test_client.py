@@ -147,6 +147,21 @@ async def test_the_command_prints_the_rows(sales: Path) -> None:
     ]
 
 
+@pytest.fixture
+def linked_sales(sales: Path) -> Path:
+    link = sales.with_name("current.parquet")
+    link.symlink_to(sales.rename(sales.with_name("version-1")))
+    return link
+
+
+async def test_a_table_may_be_a_link_and_is_read_under_its_own_name(linked_sales: Path) -> None:
+    query = "SELECT count(city) AS n FROM sales"
+    async with running_worker() as running:
+        code, output, errors = await command(running.url, "--table", f"sales={linked_sales}", query)
+    assert (code, errors) == (0, "")
+    assert "| 3 |" in output
+
+
 @pytest.mark.parametrize(
     ("name", "read"),
     [

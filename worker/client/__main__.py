@@ -170,7 +170,8 @@ def _table(text: str) -> tuple[str, str]:
         raise argparse.ArgumentTypeError(f"{path!r} does not end in one of {', '.join(_READERS)}")
     if "://" in path:
         raise argparse.ArgumentTypeError(f"{path!r} is not a file of this machine, which planning reads too")
-    return name, str(Path(path).resolve())
+    # Not where a link leads to: the worker opens what is named, and the name says what it is.
+    return name, str(Path(path).absolute())
 
 
 def _positive(text: str) -> int:
