@@ -32,7 +32,7 @@ def plan(file: Path) -> ExecutionPlan:
     """The plan of the query over a file with the columns ``station`` and ``fahrenheit``."""
     session = SessionContext()
     session.register_udf(CELSIUS)
-    session.register_parquet("weather", file.resolve())
+    session.register_parquet("weather", file.absolute())
     return session.sql(QUERY).execution_plan()
 
 
@@ -50,6 +50,8 @@ if __name__ == "__main__":
     parser.add_argument("--token", required=True)
     parser.add_argument("file", type=Path, help="a Parquet file with the columns station and fahrenheit")
     options = parser.parse_args()
+    if not options.file.is_file():
+        sys.exit(f"there is no file {options.file}")
     try:
         asyncio.run(run(options.url, options.token, options.file))
     except grpc.aio.AioRpcError as error:

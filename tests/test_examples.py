@@ -107,6 +107,8 @@ async def test_own_client_prints_what_the_function_of_own_server_answers(tmp_pat
         assert await own_client(url, "a-token-of-ada", file) == (0, "Cairo: 35.0 °C\nOslo: 5.0 °C\n", "")
         refused = "PERMISSION_DENIED: nobody has this token\n"
         assert await own_client(url, "another", file) == (1, "", refused)
+        missing = tmp_path / "none.parquet"
+        assert await own_client(url, "a-token-of-ada", missing) == (1, "", f"there is no file {missing}\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
