@@ -1,5 +1,6 @@
 """``python -m benchmarks.supervision``: the worker with and without its supervisor, in one run of turns."""
 
+import argparse
 from contextlib import ExitStack
 from statistics import median
 
@@ -16,6 +17,9 @@ SECONDS = 1.5
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks.supervision")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each (default: %(default)s)")
+    turns = parser.parse_args().rounds
     with ExitStack() as stack:
         servers = (stack.enter_context(supervised_worker()), stack.enter_context(running_worker()))
         helpers = [stack.enter_context(helper()) for _ in range(CLIENT_PROCESSES)]
@@ -23,7 +27,7 @@ def main() -> None:
         result, one_row = plans.floats(4_000_000, 8192, 1.0), plans.one_row()
         streams, answers = [], []
         # The first round is not counted: it opens connections and warms caches.
-        for _ in range(ROUNDS + 1):
+        for _ in range(turns + 1):
             streams.append(
                 [
                     result.size / MEGABYTE / rates.turn(result, server, client).seconds
@@ -32,7 +36,7 @@ def main() -> None:
             )
             answers.append([queries.turn(one_row, server, helpers, CLIENTS, SECONDS).per_second for server in servers])
     print_table(
-        f"Medians of {ROUNDS} rounds, with a supervisor and without",
+        f"Medians of {turns} rounds, with a supervisor and without",
         ("", "with", "without", "ratio"),
         [
             (
