@@ -238,6 +238,10 @@ def test_a_value_that_does_not_fit_is_refused_by_its_name(
     refused(Settings)
 
 
+def test_an_ipv6_host_may_be_in_brackets() -> None:
+    assert [Settings(host=host).host for host in ("[::1]", "::1", "localhost")] == ["::1", "::1", "localhost"]
+
+
 def test_a_setting_that_is_none_is_refused() -> None:
     with pytest.raises(ValidationError, match="idle_tiem"):
         Settings(idle_tiem=5)  # type: ignore[call-arg]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, get_origin
 
 from pydantic import ByteSize, ValidationError
+from pydantic_core import ErrorDetails
 
 from worker import logs
 from worker.allocator import engine_environment, restart_with
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
         serving.run(settings, _announce)
     except ValidationError as error:
-        fail("; ".join(f"{_names(problem['loc'])}: {problem['msg']}" for problem in error.errors()))
+        fail("; ".join(map(_said, error.errors())))
     except (UnfitSettings, OSError) as error:
         logger.debug("cannot start", exc_info=error)
         fail(str(error))
@@ -132,6 +133,8 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _names(location: tuple[int | str, ...]) -> str:
-    name = str(location[0])
-    return f"{_option(name)} (WORKER_{name.upper()})"
+def _said(problem: ErrorDetails) -> str:
+    name = str(problem["loc"][0])
+    # Not the value of any other: it may be a secret that was meant for another option.
+    path = f": {problem['input']}" if problem["type"].startswith("path_") else ""
+    return f"{_option(name)} (WORKER_{name.upper()}): {problem['msg']}{path}"

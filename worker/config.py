@@ -3,10 +3,11 @@
 import contextlib
 import ipaddress
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, DirectoryPath, Field, FilePath, TypeAdapter
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, DirectoryPath, Field, FilePath, TypeAdapter
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from worker.allocator import THREAD_STACK
@@ -27,6 +28,9 @@ Urls: TypeAlias = Annotated[tuple[Annotated[str, Field(pattern=r"^https?://[^\s,
 Seconds: TypeAlias = Annotated[float, Field(gt=0, le=2_000_000)]
 
 Folders: TypeAlias = Annotated[tuple[DirectoryPath, ...], NoDecode, BY_COMMAS]
+
+# An IPv6 address may be in brackets, as in URLs.
+Host: TypeAlias = Annotated[str, AfterValidator(lambda host: re.sub(r"^\[(.*)\]$", r"\1", host))]
 
 Compression: TypeAlias = Literal["none", "lz4", "zstd"]
 
@@ -152,7 +156,7 @@ class Settings(PlanLimits, BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="WORKER_", env_ignore_empty=True, frozen=True, extra="forbid")
 
-    host: str = Field(default="127.0.0.1", description="the address to listen on; 0.0.0.0 for every IPv4 network")
+    host: Host = Field(default="127.0.0.1", description="the address to listen on; 0.0.0.0 for every IPv4 network")
     port: int = Field(default=8000, ge=0, le=65535, description="the port to listen on; 0 picks a free one")
     supervisor: bool = Field(
         default=True,

@@ -34,7 +34,8 @@ class MetricsServer:
         try:
             self._server = make_server(host, port, make_wsgi_app(collected), server_class, _Handler)
         except OSError as error:
-            raise OSError(f"cannot serve metrics on {host}:{port}: {error.strerror or error}") from error
+            shown = f"[{host}]" if ":" in host else host
+            raise OSError(f"cannot serve metrics on {shown}:{port}: {error.strerror or error}") from error
         self.port: int = self._server.server_port
         """Where it listens."""
         self._thread = threading.Thread(target=self._server.serve_forever, name="worker-metrics", daemon=True)
