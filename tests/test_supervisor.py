@@ -114,11 +114,16 @@ async def child_of(process: int, *others: psutil.Process) -> psutil.Process:
     return next(child for child in children(process) if child not in others)
 
 
+def out_of_memory_score(process: int) -> int:
+    return int(Path(f"/proc/{process}/oom_score_adj").read_text())
+
+
 async def test_a_worker_that_is_killed_is_replaced_on_its_port_and_that_is_logged() -> None:
     async with listening("-m", "worker", "--port", "0") as (process, url):
         address = url.removeprefix("grpc://")
         await works(address)
         first = await child_of(process.pid)
+        assert out_of_memory_score(first.pid) == min(1000, out_of_memory_score(process.pid) + 500)
 
         first.kill()
 

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 from worker.supervision.board import SHOW_STACKS, VARIABLE, Board
@@ -20,6 +21,10 @@ from worker.supervision.engine_threads import EngineThreads
 from worker.supervision.journal import Journal
 
 BEAT_SECONDS = 1.0
+
+# Of a machine that is out of memory, the kernel takes the process with the most: that is to be the worker, and neither
+# its supervisor nor another program. This is added to what the supervisor has; 1000 is the most.
+OUT_OF_MEMORY_SCORE = 500
 
 # So often a thread is looked at before it counts as stuck.
 LOOKS = 10
@@ -66,6 +71,7 @@ class Supervised:
                 if that takes longer, the kernel ends it, whatever it hangs in.
         """
         faulthandler.register(SHOW_STACKS, all_threads=True)
+        _be_the_first_to_go()
         threading.Thread(target=self._watch, args=(seconds,), name="worker-supervised", daemon=True).start()
 
     def clean_up(self) -> None:
@@ -94,3 +100,9 @@ class Supervised:
             # It is not serving yet, and is gone in a moment.
             self.clean_up()
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _be_the_first_to_go() -> None:
+    score = Path("/proc/self/oom_score_adj")
+    with contextlib.suppress(OSError):
+        score.write_text(str(min(1000, int(score.read_text()) + OUT_OF_MEMORY_SCORE)))
