@@ -39,6 +39,30 @@ _NAMES = (
 )
 _STORE = _NAMES + r"Object Store error: "
 
+# What functions of DataFusion's say of values that they cannot do with. The engine's own failures have the same name in
+# front, so that these are told by what they say; what a Python function raised has its class there.
+_OF_VALUES = (
+    r"Execution error: (?:"
+    + "|".join(
+        (
+            r"Overflow happened on FACTORIAL|factorial of a negative number",
+            r"invalid Unicode scalar value: ",
+            r"(?:Month|Day|Hour|Minute|Second) value '[^']*' is out of range|Unable to parse (?:date|time) from ",
+            r"Error parsing timestamp from |Cannot cast Timestamp\(",
+            r"DATE_BIN stride must be |Date part '[^']*' not supported|Unsupported date_trunc granularity",
+            r"Failed to decode from (?:hex|base64)",
+            r"\w+ got invalid (?:index|stride): |start_from out of bounds: ",
+            r"negative count not allowed: |field position must not be zero|overlay start position must be ",
+            r"string size overflow on |[lr]pad requested length |byte array offset overflow: ",
+            r"array_repeat: offset \d+ exceeds |array_resize: resulting array of |Range too large to materialize: ",
+            r"step can't be 0 for |Interval argument to \w+ must not be 0",
+            r"map key (?:must be unique|cannot be null)",
+            r"Scalar subquery returned more than one row",
+        )
+    )
+    + ")"
+)
+
 # Which error a text is of, by the first that matches. The texts are those of DataFusion 55, object_store 0.13 and
 # arrow 59, whose types do not get through to Python.
 _KINDS: tuple[tuple[re.Pattern[str], type[WorkerError]], ...] = tuple(
@@ -57,6 +81,10 @@ _KINDS: tuple[tuple[re.Pattern[str], type[WorkerError]], ...] = tuple(
         (_OUTER_NAMES + r"Parquet (?:argument )?error: ", SourceCorrupt),
         (_NAMES + r"(?:(?:Csv|Json|Ipc|Avro) error: |Parser error: Error while parsing value )", SourceCorrupt),
         (_NAMES + r"(?:Divide by zero error|(?:Cast|Compute|Parser) error: |Arithmetic overflow: )", ComputationFailed),
+        (_NAMES + r"Invalid argument error: \S+ is too (?:large|small) to store in a Decimal", ComputationFailed),
+        (_NAMES + r"Invalid argument error: Encountered non UTF-8 data: ", ComputationFailed),
+        (_NAMES + _OF_VALUES, ComputationFailed),
+        (_NAMES + r"regex parse error:", ComputationFailed),
     )
 )
 
