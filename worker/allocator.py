@@ -1,4 +1,4 @@
-"""What becomes of freed memory, and the variables that DataFusion looks at when it is loaded."""
+"""What becomes of freed memory, and the variables that DataFusion and gRPC look at when they are loaded."""
 
 import ctypes
 import os
@@ -22,6 +22,9 @@ PLENTY = 4 << 30
 # process; what is not used costs nothing.
 THREAD_STACK = ("RUST_MIN_STACK", str(128 << 20))
 
+# What gRPC writes to standard error itself. At its default, whoever connects to a port of TLS without it writes a line.
+GRPC_LINES = ("GRPC_VERBOSITY", "ERROR")
+
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -43,8 +46,8 @@ def give_back_freed_memory() -> None:
 
 
 def engine_environment(memory: int) -> dict[str, str]:
-    """The variables that DataFusion is to find where there is so much memory: it looks at them when it is loaded."""
-    return dict((THREAD_STACK, PURGE_DELAY) if memory >= PLENTY else (THREAD_STACK,))
+    """The variables that DataFusion and gRPC are to find where there is so much memory, when they are loaded."""
+    return dict((THREAD_STACK, GRPC_LINES, *((PURGE_DELAY,) if memory >= PLENTY else ())))
 
 
 def restart_with(variables: Mapping[str, str]) -> None:
