@@ -157,6 +157,9 @@ async def test_during_the_shutdown_delay_health_says_not_serving_and_requests_ar
         assert check.status == NOT_SERVING
         async with WorkerClient(f"grpc://{address}") as client:
             assert [batch async for batch in client.execute(large_plan(), 0)]
+        running.send_signal(signal.SIGTERM)
+        assert running.stderr is not None
+        assert b"INFO health is NOT_SERVING: new requests are refused in 60 s\n" in await running.stderr.read()
 
 
 async def test_an_idle_worker_ends_at_once_however_often_it_has_worked() -> None:
@@ -193,6 +196,11 @@ async def test_health_and_reflection_are_served() -> None:
         (["--session-builder", "needy:build"], "needy needs 'not_installed', which is missing"),
         (["--idle-time", "never"], "--idle-time (WORKER_IDLE_TIME)"),
         (["--location", "here"], "--location (WORKER_LOCATION)"),
+        (
+            ["--allow-path", "/,/nowhere"],
+            "--allow-path (WORKER_ALLOW_PATH): Path does not point to a directory: /nowhere",
+        ),
+        (["--tls-cert", "/none.pem"], "--tls-cert (WORKER_TLS_CERT): Path does not point to a file: /none.pem"),
         (["--no-such-option"], "unrecognized arguments: --no-such-option"),
         (["--no-supervisor", "--workers", "2"], "--workers (WORKER_WORKERS): more than one takes the supervisor"),
     ],

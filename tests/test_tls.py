@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -314,9 +315,15 @@ async def test_the_commands_speak_tls(files: Files, tmp_path: Path) -> None:
     ca.write_bytes(files.authority.pem)
     tls = ("--tls-cert", str(files.cert), "--tls-key", str(files.key))
     arguments = ("-m", "worker", "--port", "0", *tls, "--tls-client-ca", str(files.client_ca))
-    async with listening(*arguments) as (_, url):
+    async with listening(*arguments) as (process, url):
         address = url.removeprefix("grpc+tls://")
         assert address != url
+        # Whoever speaks no TLS gets no answer, and no line of gRPC's own in the log.
+        host, _, port = address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        await reader.read()
+        writer.close()
         (code, output, errors), answer = await asyncio.gather(
             command(url, "--tls-ca", str(ca), *tls, "SELECT 42 AS answer"),
             probe(address, WORKER_TLS_CERT=str(files.cert), WORKER_TLS_KEY=str(files.key)),
@@ -324,6 +331,11 @@ async def test_the_commands_speak_tls(files: Files, tmp_path: Path) -> None:
         assert (code, errors) == (0, "")
         assert "42" in output
         assert answer == (0, "")
+        process.terminate()
+        assert process.stderr is not None
+        lines = (await process.stderr.read()).decode().splitlines()
+        assert all(re.match(r"\d{4}-\d\d-\d\dT\S+ INFO ", line) for line in lines), lines
+        assert " tls=mutual tokens=no session_builder=no files=any writes=no" in lines[0]
 
 
 @pytest.mark.parametrize("client", CHECKERS)

@@ -91,6 +91,8 @@ class Server:
         streams have ``grace`` seconds to finish in; what is left then is cancelled.
         """
         await self._say_not_serving()
+        if self._settings.shutdown_delay:
+            logger.info("health is NOT_SERVING: new requests are refused in %g s", self._settings.shutdown_delay)
         await asyncio.sleep(self._settings.shutdown_delay)
         await self._say_not_serving()
         requests = self._worker.statistics().requests

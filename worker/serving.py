@@ -1,14 +1,17 @@
 """A worker in this process, from the import of its session builder to its end."""
 
 import asyncio
+import contextlib
 import logging
+import os
 import signal
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 from worker import metrics
 from worker.allocator import keep_freed_memory
-from worker.config import Settings
+from worker.config import Settings, is_loopback
 from worker.exit import end
 from worker.importer import load_session_builder
 from worker.logs import Event
@@ -76,6 +79,7 @@ async def _serve(
                 logger.info(Event("metrics are served", host=settings.host, port=served.port))
         async with Server(worker, settings, shares_port=supervised is not None) as server:
             url = f"{server.scheme}://{server.address}"
+            logger.info(_started(url, settings))
             if supervised is None:
                 announce(url)
                 await stopped.wait()
@@ -84,6 +88,36 @@ async def _serve(
             supervised.tell(listening=url)
             await stopped.wait()
             beating.cancel()
+
+
+def _started(url: str, settings: Settings) -> Event:
+    """What an operator wants to know of a worker that runs, and no more: values of settings may be secrets."""
+    no_yes = ("no", "yes")
+    return Event(
+        "started",
+        version=_version(),
+        address=url,
+        process=os.getpid(),
+        memory=settings.memory,
+        memory_limit=settings.pool_size,
+        max_tasks=settings.max_tasks,
+        max_streams=settings.max_streams,
+        max_waiting=settings.max_waiting,
+        max_wait=settings.max_wait,
+        max_duration=settings.max_duration,
+        max_spill=settings.max_spill,
+        tls="mutual" if settings.tls_client_ca else no_yes[settings.tls_cert is not None],
+        tokens=no_yes[settings.auth_token_file is not None],
+        session_builder=no_yes[settings.session_builder is not None],
+        files=",".join(map(str, settings.allow_path)) or ("any" if is_loopback(settings.host) else "none"),
+        writes=no_yes[settings.allow_writes],
+    )
+
+
+def _version() -> str | None:
+    with contextlib.suppress(PackageNotFoundError):  # it runs from its sources
+        return version("datafusion-flight-worker")
+    return None
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
