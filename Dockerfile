@@ -6,7 +6,8 @@
 #     ENV WORKER_SESSION_BUILDER=your_package:build_state
 # It listens for other machines, so it wants TLS and a check of who asks (docs/security.md), or WORKER_INSECURE=true; and
 # plans read no files but those of folders that WORKER_ALLOW_PATH names.
-# Set the port and certificates by WORKER_PORT, WORKER_TLS_CERT and WORKER_TLS_KEY: the health check reads them too.
+# Set the port and certificates by WORKER_PORT, WORKER_TLS_CERT and WORKER_TLS_KEY: the health check reads them too, and with
+# WORKER_TLS_CLIENT_CA shows that certificate, which an authority in there must have signed as well.
 FROM python:3.13-slim AS build
 COPY . /source
 RUN python -m venv /worker && /worker/bin/pip install --no-cache-dir '/source[uvloop]'
