@@ -53,10 +53,14 @@ async def test_every_case_is_answered_as_expected_and_nobody_else_notices(tmp_pa
     async with attacked(tmp_path) as running:
         for entry in ENTRIES:
             if entry.how is not How.REPLACED:
-                answer = await running.client.send(entry.case(tmp_path))
-                assert not await running.died_over(answer), entry.name
-                assert not answer.is_unforeseen, (entry.name, answer)
-                if not entry.is_answered_by(answer, tmp_path):
+                # Once more, if need be: where others are busy too, some take longer than they have.
+                for _ in range(2):
+                    answer = await running.client.send(entry.case(tmp_path))
+                    assert not await running.died_over(answer), entry.name
+                    assert not answer.is_unforeseen, (entry.name, answer)
+                    if entry.is_answered_by(answer, tmp_path):
+                        break
+                else:
                     unexpected.append((entry.name, answer))
         assert unexpected == []
         assert await running.comes_to_rest(PATIENCE) == {}
