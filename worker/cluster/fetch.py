@@ -1,11 +1,12 @@
 """What a task reads of others, fetched: in parallel, as it comes, undecoded."""
 
+import asyncio
 import struct
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import grpc
 import pyarrow as pa
@@ -33,6 +34,9 @@ MAX_RECEIVED = min(2047 * MEBIBYTE, usable_memory() // 4)
 
 # Partitions of a task of this worker itself, as they are sent to others: each message with its partition.
 Output: TypeAlias = AsyncGenerator[tuple[int, Message], None]
+
+# What a request, as bytes, is answered with messages by.
+Answering: TypeAlias = "grpc.aio.UnaryStreamMultiCallable[bytes, bytes]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,27 +85,27 @@ class _Fetching:
                 await self.intake.add(slot, index, header, body)
 
     async def _read_remote(self, index: int, read: Read) -> None:
+        async def take(data: bytes) -> None:
+            start = time.perf_counter_ns()
+            header, metadata, body = flight_data.parse(data)
+            about = worker_pb2.FlightAppMetadata.FromString(bytes(metadata))
+            offset = about.partition - read.first
+            if not 0 <= offset < len(read.slots):
+                raise InvalidRequest(f"it sent partition {about.partition} without having been asked for it")
+            slot = read.slots[offset]
+            message = received(header, body)
+            created = about.created_timestamp_unix_nanos
+            rows = row_count(message.header)
+            self.figures.message_received(slot, rows, len(data), created, time.time_ns())
+            self.figures.max_memory = max(self.figures.max_memory, self.intake.held + len(data))
+            self.figures.elapsed_compute += time.perf_counter_ns() - start
+            await self.intake.add(slot, index, *message)
+
         self.figures.remote_connections += 1
         request = _request(read, self.leaf.head)
         async with self.source.channels.to(read.url) as channel:
-            execute_task: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(EXECUTE_TASK)
-            call = execute_task(request, metadata=self.source.headers)
-            with upstream_errors(read.url, call):
-                async for data in call:
-                    start = time.perf_counter_ns()
-                    header, metadata, body = flight_data.parse(data)
-                    about = worker_pb2.FlightAppMetadata.FromString(bytes(metadata))
-                    offset = about.partition - read.first
-                    if not 0 <= offset < len(read.slots):
-                        raise InvalidRequest(f"it sent partition {about.partition} without having been asked for it")
-                    slot = read.slots[offset]
-                    message = received(header, body)
-                    created = about.created_timestamp_unix_nanos
-                    rows = row_count(message.header)
-                    self.figures.message_received(slot, rows, len(data), created, time.time_ns())
-                    self.figures.max_memory = max(self.figures.max_memory, self.intake.held + len(data))
-                    self.figures.elapsed_compute += time.perf_counter_ns() - start
-                    await self.intake.add(slot, index, *message)
+            execute_task: Answering = channel.unary_stream(EXECUTE_TASK)
+            await read_answer(read.url, execute_task(request, metadata=self.source.headers), take)
 
 
 def received(header: memoryview, body: memoryview) -> Message:
@@ -118,21 +122,30 @@ def received(header: memoryview, body: memoryview) -> Message:
     return message
 
 
-@contextmanager
-def upstream_errors(url: str, call: "grpc.aio.UnaryStreamCall[Any, Any]") -> Iterator[None]:
-    """Around what reads the answer of another worker, which is cancelled if it has not ended.
+async def read_answer(
+    url: str, call: "grpc.aio.UnaryStreamCall[bytes, bytes]", take: Callable[[bytes], Awaitable[None]]
+) -> None:
+    """Calls ``take`` with each message of another worker's answer, which is cancelled if that has not ended.
 
     Raises:
-        UpstreamFailed: instead of what says that it has failed, or has not answered rightly.
+        UpstreamFailed: the worker has failed, or has not answered rightly.
     """
+    # A read that is cancelled by itself loses its message for good: gRPC does not free it. (Seen with 1.85.)
+    reading = asyncio.ensure_future(_read(call, take))
     try:
-        yield
+        await asyncio.shield(reading)
     except grpc.aio.AioRpcError as error:
         raise _upstream_failed(url, error) from error
     except (InvalidRequest, ExecutionFailed, DecodeError, struct.error, pa.ArrowInvalid) as error:
         raise UpstreamFailed(f"worker {url} does not answer rightly: {error}", grpc.StatusCode.INTERNAL) from error
     finally:
         call.cancel()
+        await asyncio.wait((reading,))
+
+
+async def _read(call: "grpc.aio.UnaryStreamCall[bytes, bytes]", take: Callable[[bytes], Awaitable[None]]) -> None:
+    async for data in call:
+        await take(data)
 
 
 def _request(read: Read, head: Head) -> bytes:

@@ -2,10 +2,10 @@
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
-import grpc
 from datafusion import SessionContext
 from google.protobuf.message import DecodeError
 
@@ -13,7 +13,7 @@ from worker import output, plan
 from worker.check import check
 from worker.cluster import flight_rewrite, metrics
 from worker.cluster.channels import Channels
-from worker.cluster.fetch import received, upstream_errors
+from worker.cluster.fetch import Answering, read_answer, received
 from worker.cluster.folder import ExchangeFolder
 from worker.cluster.intake import Intake, Store
 from worker.cluster.merge import together
@@ -124,16 +124,23 @@ class FlightInput:
             await store.close()
 
     async def _fetch_leaf(self, leaf: Leaf, store: Store, name: str) -> None:
-        intake = Intake(leaf.schema, leaf.partitions, store, name, self._exchange.executor, HELD_BYTES)
-        # All at once: a worker holds back everything of a repartitioning for partitions that are not read yet.
-        await together(
-            self._read(leaf, source, read, offset, intake)
-            for source, read in enumerate(leaf.reads)
-            for offset in range(len(read.slots))
-        )
-        leaf.node.CopyFrom(await intake.scan(leaf.partitioning if leaf.shows_partitioning else None))
+        with closing(Intake(leaf.schema, leaf.partitions, store, name, self._exchange.executor, HELD_BYTES)) as intake:
+            # All at once: a worker holds back everything of a repartitioning for partitions that are not read yet.
+            await together(
+                self._read(leaf, source, read, offset, intake)
+                for source, read in enumerate(leaf.reads)
+                for offset in range(len(read.slots))
+            )
+            leaf.node.CopyFrom(await intake.scan(leaf.partitioning if leaf.shows_partitioning else None))
 
     async def _read(self, leaf: Leaf, source: int, read: Read, offset: int, intake: Intake) -> None:
+        async def take(data: bytes) -> None:
+            header, metadata, body = flight_data.parse(data)
+            if metadata:
+                self._keep_figures(bytes(metadata))
+            if header:
+                await intake.add(read.slots[offset], source, *received(header, body))
+
         ticket = PlanTicket(
             plan=leaf.stage_plan,
             partition=read.first + offset,
@@ -141,16 +148,10 @@ class FlightInput:
             task_count=len(leaf.reads),
             stage_key=read.key,
         )
+        request = Flight_pb2.Ticket(ticket=ticket.to_bytes()).SerializeToString()
         async with self._exchange.channels.to(read.url) as channel:
-            do_get: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(DO_GET)
-            call = do_get(Flight_pb2.Ticket(ticket=ticket.to_bytes()).SerializeToString(), metadata=self._headers)
-            with upstream_errors(read.url, call):
-                async for data in call:
-                    header, metadata, body = flight_data.parse(data)
-                    if metadata:
-                        self._keep_figures(bytes(metadata))
-                    if header:
-                        await intake.add(read.slots[offset], source, *received(header, body))
+            do_get: Answering = channel.unary_stream(DO_GET)
+            await read_answer(read.url, do_get(request, metadata=self._headers), take)
 
     def _keep_figures(self, metadata: bytes) -> None:
         try:

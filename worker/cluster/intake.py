@@ -122,6 +122,10 @@ class Intake:
             self._store.register()
         return self._received.scan(self._store.url, partitioning)
 
+    def close(self) -> None:
+        """Lets go of what is in memory. A fetch that fails is easily in a circle with its error, for long."""
+        self._received.clear()
+
     async def _write(self, write: Callable[[], None]) -> None:
         before = self._received.written
         await self._store.write(self._executor, write)

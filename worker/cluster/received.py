@@ -182,6 +182,11 @@ class Received:
                 group.files.add(path=file.name, size=file.size)
         return node
 
+    def clear(self) -> None:
+        """Lets go of what is in memory; it is of no use then."""
+        with self._lock:
+            self._partitions = []
+
 
 class _Framed:
     """A message, framed as in IPC streams and files."""

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from contextlib import ExitStack, aclosing
+from contextlib import ExitStack, aclosing, closing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -211,9 +211,9 @@ class ClusterTask:
         await together(self._fetch(leaf, str(number)) for number, leaf in enumerate(self._rewritten.leaves))
 
     async def _fetch(self, leaf: Leaf, name: str) -> None:
-        intake = self._intake(leaf.schema, leaf.partitions, name)
-        await fetch(leaf, self._source, intake, self._figures[leaf])
-        leaf.node.CopyFrom(await intake.scan(leaf.partitioning if leaf.shows_partitioning else None))
+        with closing(self._intake(leaf.schema, leaf.partitions, name)) as intake:
+            await fetch(leaf, self._source, intake, self._figures[leaf])
+            leaf.node.CopyFrom(await intake.scan(leaf.partitioning if leaf.shows_partitioning else None))
 
     async def _prepare(self, head: Head) -> tuple[ExecutionPlan, int]:
         """The instance that is read, and how many partitions it has for those who read it."""
@@ -241,14 +241,14 @@ class ClusterTask:
             schema = await self._executor.in_thread(plan.schema_of, self._session, plan_bytes)
         self._segments.append((instance, self._rewritten.origins))
         partitions = range(instance.partition_count)
-        intake = self._intake(plan.schema_message(schema), len(partitions), "sampled")
-        with ExitStack() as opened:
-            streams = await self._execute(instance, partitions, opened)
-            await together(
-                self._sample_partition(partition, stream, intake, Load(schema))
-                for partition, stream in zip(partitions, streams, strict=True)
-            )
-        return await intake.scan(None)
+        with closing(self._intake(plan.schema_message(schema), len(partitions), "sampled")) as intake:
+            with ExitStack() as opened:
+                streams = await self._execute(instance, partitions, opened)
+                await together(
+                    self._sample_partition(partition, stream, intake, Load(schema))
+                    for partition, stream in zip(partitions, streams, strict=True)
+                )
+            return await intake.scan(None)
 
     async def _sample_partition(self, partition: int, stream: PartitionStream, intake: Intake, load: Load) -> None:
         async with aclosing(self._encoded(stream, "none", load)) as messages:
