@@ -10,10 +10,11 @@ import time
 import urllib.request
 import uuid
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import grpc
@@ -376,7 +377,7 @@ def _read(url: str) -> str:
 async def target(
     *options: str,
     errors: Path | None = None,
-    temporary: Path | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
     address_space: int = ADDRESS_SPACE,
 ) -> AsyncIterator[Target]:
     """A worker, started for as long as the block lasts. It cannot take the machine's memory.
@@ -384,7 +385,7 @@ async def target(
     Args:
         options: of the worker's command line.
         errors: a file that its standard error goes to.
-        temporary: the folder for its temporary files; the system's without it.
+        environment: its variables, beside those of this process.
         address_space: bytes that it may have.
     """
     with contextlib.ExitStack() as stack:
@@ -396,7 +397,7 @@ async def target(
             stdout=PIPE,
             stderr=log,
             cwd=ROOT,
-            env={**os.environ, **({"TMPDIR": str(temporary)} if temporary else {})},
+            env={**os.environ, **environment},
         )
         assert process.stdout is not None
         try:

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+from typing import Any
 
 import grpc
 
@@ -23,7 +24,7 @@ async def send(_: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> Non
 async def test_messages_of_reads_that_are_cancelled_are_freed() -> None:
     """Each is cancelled when a message has come and the next is on its way."""
     server = grpc.aio.server(options=[("grpc.max_send_message_length", -1)])
-    handler = grpc.unary_stream_rpc_method_handler(send)  # type: ignore[arg-type]
+    handler: Any = grpc.unary_stream_rpc_method_handler(send)
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("test.Endless", {"Send": handler})])
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
