@@ -22,6 +22,7 @@ from support import do_get, fetch_one, listening, stage_key, status_of, until
 from worker_service import coordinated, plan_of
 
 import worker
+from fuzz.building import file_scan
 from worker import logs
 from worker.client import WorkerClient
 from worker.logs import Event, JsonFormatter, Lines, TextFormatter
@@ -116,6 +117,15 @@ async def test_a_request_that_is_cancelled_has_a_line(caplog: pytest.LogCaptureF
     (event,) = events(caplog)
     assert event.fields["status"] == "CANCELLED"
     assert "error" not in event.fields
+
+
+async def test_secrets_in_a_url_of_a_plan_are_not_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    plan = file_scan("csv_scan", "x.csv", url="https://ada:password@127.0.0.1:1/").SerializeToString()
+    async with logged(caplog) as running:
+        await status_of(running, do_get(plan))
+    (event,) = events(caplog)
+    assert " https://127.0.0.1:1/" in str(event.fields["reason"])
+    assert "password" not in caplog.text
 
 
 @pytest.mark.parametrize(

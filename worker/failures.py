@@ -89,6 +89,11 @@ _KINDS: tuple[tuple[re.Pattern[str], type[WorkerError]], ...] = tuple(
 )
 
 
+def without_url_secrets(said: str) -> str:
+    """The text with its URLs of ``http`` and ``https`` as far as they are no secret."""
+    return _URL_SECRETS.sub(r"\1\2", said)
+
+
 def is_panic(error: BaseException) -> bool:
     """Whether this is a Rust panic: one of two types, neither of which can be imported, one no ``Exception``."""
     return type(error).__name__ in _PANIC_TYPES
@@ -116,7 +121,7 @@ def text(error: BaseException) -> str:
         return "the worker's log says more, in the lines with 'panicked at'"
     said = _PYTHON_ERROR.sub(r"\1", said)
     said = _STORE_ANSWER.sub(_without_answer, said)
-    return _URL_SECRETS.sub(r"\1\2", said) or type(error).__name__
+    return without_url_secrets(said) or type(error).__name__
 
 
 def _without_answer(found: re.Match[str]) -> str:

@@ -11,6 +11,7 @@ import grpc
 
 from worker.durations import Durations, Histogram
 from worker.errors import SessionBuilderFailed, WorkerError
+from worker.failures import without_url_secrets
 from worker.headers import Headers
 from worker.logs import Event
 from worker.message import Message, row_count
@@ -146,7 +147,7 @@ def _told(error: BaseException, query: WorkerQueryContext | None) -> tuple[str, 
         trace = "".join(traceback.format_exception(error))
     for secret in _secrets(query.headers) if query is not None else ():
         reason, trace = reason.replace(secret, HIDDEN), trace.replace(secret, HIDDEN)
-    return reason[:MAX_REASON], trace
+    return without_url_secrets(reason)[:MAX_REASON], without_url_secrets(trace)
 
 
 def _secrets(headers: Headers) -> Iterator[str]:
